@@ -1,0 +1,28 @@
+"""Gradient-based hyperparameter optimization for PyTorch."""
+
+from hyperopt_implicit.backend import (
+    Backend,
+    Hypergradient,
+    Status,
+    get_backend,
+    list_backends,
+)
+from hyperopt_implicit.errors import (
+    BackendError,
+    CommandError,
+    DataError,
+    DeclarationError,
+    HypergradientError,
+    HyperoptError,
+    HyperoptWarning,
+    LossError,
+    ProblemError,
+    SearchError,
+    SecondDerivativeError,
+)
+from hyperopt_implicit.hyper_optimizer import HyperOptimizer, hypergradient
+from hyperopt_implicit.hyperparameters import Hyperparameters, hyperparameter
+from hyperopt_implicit.implicit import ImplicitBackend, Solution
+from hyperopt_implicit.knobs import knob, knobs_of
+from hyperopt_implicit.operators import Hessian, LinearOperator
+from hyperopt_implicit.problem import BilevelProblem

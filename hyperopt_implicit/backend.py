@@ -1,0 +1,242 @@
+"""The contract of a backend, what it returns, and finding one by name.
+
+A backend is a frozen dataclass whose fields are its options and that turns a problem and batches into a
+:class:`Hypergradient`. Those that rest on the implicit function theorem derive from ``ImplicitBackend`` in
+``implicit.py`` and write nothing but a solver. The backends themselves are found through the entry-point group
+``hyperopt_implicit.backends``; none is imported here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_type_hints
+
+from hyperopt_implicit.errors import BackendError, nearest
+from hyperopt_implicit.vectors import Params
+
+if TYPE_CHECKING:
+    from hyperopt_implicit.problem import BilevelProblem, InnerState
+
+ENTRY_POINT_GROUP = "hyperopt_implicit.backends"
+
+State = dict[str, Any]
+"""What a backend carries from one call to the next: tensors, dicts of tensors and numbers, so that it can be saved."""
+
+
+class Status(StrEnum):
+    """How a computation ended. Failing is data: what to do about it is the caller's decision."""
+
+    CONVERGED = "converged"
+    TRUNCATED = "truncated"
+    NEGATIVE_CURVATURE = "negative curvature"
+    DIVERGED = "diverged"
+    SINGULAR = "singular"
+    NON_FINITE = "non-finite"
+
+    @property
+    def failed(self) -> bool:
+        """Whether the number is not what the method promises."""
+        return self not in (Status.CONVERGED, Status.TRUNCATED)
+
+    @property
+    def remedy(self) -> str:
+        """What it means and what a user can do, in a sentence."""
+        return _REMEDIES[self]
+
+
+_REMEDIES = {
+    Status.CONVERGED: "The result is as accurate as was asked for.",
+    Status.TRUNCATED: "The work allowed was used up; the residual says how much is missing. Allow more terms, iterations "
+    "or steps where that is too much.",
+    Status.NEGATIVE_CURVATURE: "The training loss curves downwards somewhere, so the model is not at a minimum of it; the "
+    "result stops short of that direction. Train longer before each outer step, add weight decay, or use damping.",
+    Status.DIVERGED: "The iteration grew instead of shrinking, and the last sound iterate was returned. Use a smaller step "
+    "size, or step_size='auto'.",
+    Status.SINGULAR: "The Hessian has no inverse; the solution of least norm leaves a residual. Add weight decay or damping.",
+    Status.NON_FINITE: "A loss, a product or a gradient was NaN or infinite. Lower the inner learning rate, clip, or look "
+    "for a division by zero in the losses.",
+}
+
+
+@dataclass(frozen=True)
+class Hypergradient:
+    """dF/dλ, and how it was come by.
+
+    Attributes:
+        gradients: dF/dλ by name, with respect to the unconstrained values, shaped like them.
+        status: how the computation ended.
+        iterations: terms, iterations or steps, in the backend's own unit.
+        residual: ‖Hu − v‖/‖v‖ of the solution behind it; None where no system was solved.
+        hvps: Hessian-vector products spent (a step differentiated by an unrolled backend counts as one).
+        validation_loss: F where it was differentiated.
+        training_loss: L there, averaged over the batches.
+        state: what the backend wants to be given at its next call.
+        endpoint: for a backend that differentiates through training, where that training arrived.
+    """
+
+    gradients: Params
+    status: Status
+    iterations: int
+    residual: float | None
+    hvps: int
+    validation_loss: float
+    training_loss: float
+    state: State = field(default_factory=dict)
+    endpoint: InnerState | None = None
+
+
+class Backend(ABC):
+    """A method that computes hypergradients; derive a frozen dataclass from it.
+
+    The fields are the options. Annotate them for pydantic (``Annotated[int, Field(ge=1, description="…")]``): the types
+    are checked and converted when an instance is made, and the command line shows the descriptions.
+
+    Class attributes:
+        differentiates: ``"solution"`` where F is differentiated at the model's present weights, whatever led there, or
+            ``"trajectory"`` where it is differentiated through the training steps. Only the latter can see
+            hyperparameters of the inner optimizer.
+        needs_second_derivative: whether the training loss must be twice differentiable by autograd.
+    """
+
+    differentiates: ClassVar[Literal["solution", "trajectory"]] = "solution"
+    needs_second_derivative: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for name, value in validated_options(type(self), {f.name: getattr(self, f.name) for f in options_of(type(self))}).items():
+            object.__setattr__(self, name, value)
+
+    @abstractmethod
+    def hypergradient(
+        self,
+        problem: BilevelProblem,
+        training_batches: Sequence[Any],
+        validation_batch: Any,
+        state: State,
+        /,
+    ) -> Hypergradient:
+        """dF/dλ on one validation batch; changes neither the model, nor λ, nor the optimizer.
+
+        Args:
+            problem: the bilevel problem, with the model at the weights to differentiate at or to train from.
+            training_batches: for ``"solution"``, the batches over which L is averaged; for ``"trajectory"``, one batch
+                for each inner step.
+            validation_batch: the batch on which F is taken.
+            state: what the last call returned in ``Hypergradient.state``; empty at first.
+        """
+
+    def check(self, problem: BilevelProblem) -> None:
+        """Refuse, before any training, a problem that this backend cannot handle.
+
+        Raises:
+            BackendError: the problem has a hyperparameter that the backend cannot see, or is too large for it.
+        """
+        hidden = problem.hyperparameters.names("optimizer")
+        if hidden and self.differentiates == "solution":
+            raise BackendError(
+                f"{hidden[0]!r} is a hyperparameter of the inner optimizer, and a stationary point does not depend on how it "
+                f"was reached: backend {type(self).__name__} would see a zero gradient. Use a backend that differentiates "
+                f"through training ({_names_where(lambda b: b.differentiates == 'trajectory')}), or make it a knob."
+            )
+
+
+def options_of(backend: type[Backend]) -> list[dataclasses.Field[Any]]:
+    """The options of a backend class: the fields of its dataclass."""
+    return list(dataclasses.fields(backend)) if dataclasses.is_dataclass(backend) else []
+
+
+@functools.cache
+def _adapters(backend: type[Backend]) -> dict[str, Any]:
+    from pydantic import TypeAdapter
+
+    hints = get_type_hints(backend, include_extras=True)
+    return {option.name: TypeAdapter(hints[option.name]) for option in options_of(backend)}
+
+
+def validated_options(backend: type[Backend], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, converted to their declared types (the command line hands over strings).
+
+    Raises:
+        BackendError: an option is unknown, or its value breaks its rule.
+    """
+    from pydantic import ValidationError
+
+    adapters = _adapters(backend)
+    valid = {}
+    for name, value in options.items():
+        if name not in adapters:
+            raise BackendError(
+                f"{backend.__name__} has no option {name!r}; it has {', '.join(adapters) or 'none'}.{nearest(name, list(adapters))}"
+            )
+        try:
+            valid[name] = adapters[name].validate_python(value)
+        except ValidationError as error:
+            rules = "; ".join(dict.fromkeys(each["msg"][:1].lower() + each["msg"][1:] for each in error.errors()))
+            raise BackendError(f"{backend.__name__} option {name!r}: {rules}; got {value!r}.") from error
+    return valid
+
+
+Spec = str | Mapping[str, Any] | Backend
+"""A backend by name, by name with options (``{"name": "neumann", "terms": 20}``), or as an instance."""
+
+
+def list_backends() -> list[str]:
+    """The names of all backends that are installed, ours and others', sorted."""
+    return sorted({each.name for each in entry_points(group=ENTRY_POINT_GROUP)})
+
+
+def get_backend_class(name: str) -> type[Backend]:
+    """The class behind a name.
+
+    Raises:
+        BackendError: there is none of that name, or what is registered is not a backend.
+    """
+    found = list(entry_points(group=ENTRY_POINT_GROUP, name=name))
+    if not found:
+        known = list_backends()
+        raise BackendError(f"there is no backend {name!r}; installed are {', '.join(known)}.{nearest(name, known)}")
+    backend = found[0].load()
+    if not (isinstance(backend, type) and issubclass(backend, Backend)):
+        raise BackendError(f"the entry point {name!r} must name a subclass of hyperopt_implicit.Backend; it is {backend!r}.")
+    return backend
+
+
+def get_backend(spec: Spec, **options: Any) -> Backend:
+    """The backend that a name, a name with options, or an instance stands for.
+
+    Raises:
+        BackendError: the name or an option is unknown, or a value breaks its rule.
+
+    Example:
+        >>> import hyperopt_implicit as hi
+        >>> hi.get_backend("neumann", terms=20).terms
+        20
+    """
+    if isinstance(spec, Backend):
+        if not options:
+            return spec
+        return dataclasses.replace(spec, **validated_options(type(spec), options))  # type: ignore[type-var]
+    if isinstance(spec, str):
+        spec = {"name": spec}
+    if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
+        raise BackendError(
+            f"a backend is given by name, as a dict with 'name' and its options, or as an instance; got {spec!r}."
+        )
+    backend = get_backend_class(spec["name"])
+    given = {**{key: value for key, value in spec.items() if key != "name"}, **options}
+    return backend(**validated_options(backend, given))
+
+
+def _names_where(condition: Any) -> str:
+    """The installed backends for which a condition on the class holds, as prose."""
+    return ", ".join(repr(name) for name in list_backends() if condition(get_backend_class(name))) or "none is installed"
+
+
+def backends_without_second_derivative() -> str:
+    """The names of installed backends that need no second derivative, as prose."""
+    return _names_where(lambda backend: not backend.needs_second_derivative)

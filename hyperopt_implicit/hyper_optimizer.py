@@ -1,0 +1,234 @@
+"""The outer step: a hypergradient, the policy for failed ones, and a ``torch.optim`` step on the hyperparameters.
+
+``HyperOptimizer`` is that step for a training loop of one's own, and ``hypergradient`` is the number alone. The loop that calls
+it, with inner steps around it, is in ``optimize.py``.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from hyperopt_implicit.backend import Hypergradient, Spec, State, Status, get_backend
+from hyperopt_implicit.data import to_device
+from hyperopt_implicit.errors import HypergradientError, HyperoptError, HyperoptWarning, ProblemError
+from hyperopt_implicit.hyperparameters import Value
+from hyperopt_implicit.preflight import preflight
+from hyperopt_implicit.problem import BilevelProblem
+from hyperopt_implicit.vectors import is_finite, norm
+
+OnFailure = Literal["warn", "raise", "skip"]
+
+
+def hypergradient(
+    problem: BilevelProblem,
+    backend: Spec = "neumann",
+    *,
+    training_batches: Sequence[Any],
+    validation_batch: Any,
+    state: State | None = None,
+) -> Hypergradient:
+    """dF/dλ of a problem as it stands; nothing is changed.
+
+    An implicit backend differentiates at the model's present weights, with the Hessian of the training loss averaged over
+    ``training_batches``; an unrolled one through as many inner steps as there are batches, starting from the present weights.
+
+    Args:
+        problem: the bilevel problem.
+        backend: a name, a dict of a name and options, or an instance.
+        training_batches: at least one.
+        validation_batch: where F is taken.
+        state: ``Hypergradient.state`` of an earlier call, to warm-start from.
+
+    Raises:
+        HyperoptError: what :func:`hyperopt_implicit.preflight.preflight` refuses.
+
+    Example:
+        >>> import torch, hyperopt_implicit as hi
+        >>> @hi.hyperparameter("decay", init=1.0)
+        ... def training_loss(model, batch, *, decay):      # ½(w − 1)² + ½·decay·w², so w* = 1/(1 + decay)
+        ...     return 0.5 * ((model.weight - 1) ** 2 + decay * model.weight**2).sum()
+        >>> model = torch.nn.Linear(1, 1, bias=False).double()
+        >>> _ = model.weight.data.fill_(0.5)
+        >>> problem = hi.BilevelProblem(model, training_loss, lambda model, batch: model.weight.sum(),
+        ...                             optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
+        >>> hi.hypergradient(problem, "cg", training_batches=[None], validation_batch=None).gradients
+        {'decay': tensor(-0.2500, dtype=torch.float64)}
+    """
+    chosen = get_backend(backend)
+    training, validation = _batches(problem, training_batches, validation_batch)
+    preflight(problem, chosen, training[0], validation)
+    return chosen.hypergradient(problem, training, validation, state or {})
+
+
+class HyperOptimizer:
+    """Outer steps for a training loop of one's own.
+
+    Args:
+        problem: the bilevel problem; needs no data.
+        optimizer: a ``torch.optim`` class, or a callable that makes an optimizer from the hyperparameters' tensors.
+        backend: a name, a dict of a name and options, or an instance.
+        clip: the largest norm of the hypergradient over all hyperparameters; longer ones are scaled down to it.
+        on_failure: what to do when the backend reports a failure (divergence, negative curvature): ``"warn"`` once for each
+            kind and use what was returned, ``"skip"`` the step, or ``"raise"``. A hypergradient that is not finite is never
+            applied: it is skipped, or raises.
+        **options: for the optimizer, such as ``lr``.
+
+    Raises:
+        HyperoptError: the backend or its options are unknown, or there is nothing to optimize.
+
+    Example:
+        >>> import torch, hyperopt_implicit as hi
+        >>> @hi.hyperparameter("decay", init=0.1)
+        ... def training_loss(model, batch, *, decay):
+        ...     return ((model(batch) - 1) ** 2).mean() + decay * model.weight.square().sum()
+        >>> model = torch.nn.Linear(1, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> batch = torch.ones(4, 1)
+        >>> problem = hi.BilevelProblem(model, training_loss, lambda model, batch: (model(batch) ** 2).mean(), optimizer=optimizer)
+        >>> outer = hi.HyperOptimizer(problem, torch.optim.Adam, lr=1e-2, backend="cg")
+        >>> for step in range(3):
+        ...     problem.training_loss(batch).backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        ...     report = outer.step(batch, batch)
+        >>> report.status.value
+        'converged'
+    """
+
+    def __init__(
+        self,
+        problem: BilevelProblem,
+        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
+        *,
+        backend: Spec = "neumann",
+        clip: float | None = None,
+        on_failure: OnFailure = "warn",
+        **options: Any,
+    ) -> None:
+        if on_failure not in get_args(OnFailure):
+            raise HyperoptError(f"on_failure must be 'warn', 'raise' or 'skip'; got {on_failure!r}.")
+        if clip is not None and not clip > 0:
+            raise HyperoptError(f"clip must be a positive norm, or None for no clipping; got {clip}.")
+        if not problem.hparams:
+            raise ProblemError(
+                "there must be at least one hyperparameter to optimize; none is declared. Put @hyperparameter(name, init=…) on "
+                "the training loss."
+            )
+        self.problem = problem
+        self.backend = get_backend(backend)
+        self.backend.check(problem)
+        self.clip = clip
+        self.on_failure = on_failure
+        self.optimizer = optimizer(list(problem.hparams.values()), **options)
+        self.state: State = {}
+        self._checked = False
+        self._warned: set[Status] = set()
+
+    @property
+    def hyperparameters(self) -> dict[str, Value]:
+        """The present constrained values by name, detached."""
+        return self.problem.hyperparameters.values()
+
+    def step(self, training_batch: Any, validation_batch: Any) -> Hypergradient:
+        """One outer step from one training and one validation batch; see :meth:`step_through`."""
+        return self.step_through([training_batch], validation_batch)
+
+    def step_through(self, training_batches: Sequence[Any], validation_batch: Any) -> Hypergradient:
+        """One outer step: the hypergradient, clipped, given to the outer optimizer.
+
+        The model is not trained. Implicit backends average the training loss over the batches; unrolled ones look ahead
+        through as many inner steps.
+
+        Raises:
+            HypergradientError: it failed, and ``on_failure="raise"``.
+        """
+        result = self.compute(training_batches, validation_batch)
+        self.apply(result)
+        return result
+
+    def compute(self, training_batches: Sequence[Any], validation_batch: Any) -> Hypergradient:
+        """The hypergradient alone, with the state carried from the last one; checks the problem at its first call."""
+        training, validation = _batches(self.problem, training_batches, validation_batch)
+        if not self._checked:
+            preflight(self.problem, self.backend, training[0], validation)
+            self._checked = True
+        result = self.backend.hypergradient(self.problem, training, validation, self.state)
+        self.state = result.state if result.status is not Status.NON_FINITE else {}
+        return result
+
+    def apply(self, result: Hypergradient) -> bool:
+        """Move the hyperparameters by a hypergradient, as the policy for failures allows; says whether they moved.
+
+        Raises:
+            HypergradientError: it failed, and ``on_failure="raise"``.
+        """
+        usable = result.status is not Status.NON_FINITE and is_finite(result.gradients)
+        if result.status.failed or not usable:
+            self._report(result)
+        if not usable or (result.status.failed and self.on_failure == "skip"):
+            return False
+        scale = 1.0
+        if self.clip is not None:
+            scale = min(1.0, self.clip / max(norm(result.gradients), torch.finfo(torch.float64).tiny))
+        before = [p.detach().clone() for p in self.problem.hparams.values()]
+        for name, p in self.problem.hparams.items():
+            p.grad = result.gradients[name].detach() * scale
+        self.optimizer.step()
+        for p in self.problem.hparams.values():
+            p.grad = None
+        moved = self._keep_finite(before)
+        self.problem.sync_optimizer()
+        return moved
+
+    @torch.no_grad()
+    def _keep_finite(self, before: list[Tensor]) -> bool:
+        """Put the hyperparameters back where a step left the numbers or the inside of a constraint."""
+        values = [v for v in self.problem.hyperparameters().values() if isinstance(v, Tensor)]
+        if is_finite(self.problem.hparams) and all(bool(torch.isfinite(v).all()) for v in values):
+            return True
+        for p, old in zip(self.problem.hparams.values(), before, strict=True):
+            p.copy_(old)
+        if self.on_failure == "raise":
+            raise HypergradientError(
+                "an outer step moved a hyperparameter to a value that is not finite; it was put back. Lower the outer learning "
+                "rate, or set clip."
+            )
+        return False
+
+    def _report(self, result: Hypergradient) -> None:
+        residual = "" if result.residual is None or math.isnan(result.residual) else f" (relative residual {result.residual:.2g})"
+        text = f"hypergradient: {result.status.value} after {result.iterations} iterations{residual}. {result.status.remedy}"
+        if self.on_failure == "raise":
+            raise HypergradientError(text)
+        if result.status not in self._warned:
+            self._warned.add(result.status)
+            done = "was used" if self.on_failure == "warn" and result.status is not Status.NON_FINITE else "was not applied"
+            warnings.warn(f"{text} It {done}; the next ones of this kind are only counted.", HyperoptWarning, stacklevel=3)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Hyperparameters, outer optimizer and the backend's carried state."""
+        return {
+            "hyperparameters": self.problem.hyperparameters.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "backend_state": self.state,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave."""
+        self.problem.hyperparameters.load_state_dict(state["hyperparameters"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.state = state["backend_state"]
+        self.problem.sync_optimizer()
+
+
+def _batches(problem: BilevelProblem, training_batches: Sequence[Any], validation_batch: Any) -> tuple[list[Any], Any]:
+    training = [to_device(batch, problem.device) for batch in training_batches]
+    if not training:
+        raise ProblemError("training_batches must hold at least one batch; it is empty.")
+    return training, to_device(validation_batch, problem.device)

@@ -1,0 +1,82 @@
+"""The implicit function theorem, written once.
+
+Every backend that rests on it derives from :class:`ImplicitBackend` and writes one method, ``solve``.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hyperopt_implicit.backend import Backend, Hypergradient, State, Status
+from hyperopt_implicit.operators import Hessian, LinearOperator, validation_gradients
+from hyperopt_implicit.vectors import Params, add_, is_finite, norm, scale_
+
+if TYPE_CHECKING:
+    from hyperopt_implicit.problem import BilevelProblem
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a solver found for H u = v.
+
+    Attributes:
+        value: u.
+        status: how the solver ended.
+        iterations: its terms or iterations.
+        residual: ‖Hu − v‖/‖v‖.
+        state: what the solver wants to be given next time.
+    """
+
+    value: Params
+    status: Status
+    iterations: int
+    residual: float
+    state: State = field(default_factory=dict)
+
+
+class ImplicitBackend(Backend):
+    """dF/dλ = ∂F/∂λ − (∂²L/∂λ∂w) u with H u = v, at the model's present weights (Lorraine et al., AISTATS 2020, eq. 3).
+
+    The theorem holds where ∂L/∂w = 0 and H is invertible; away from a stationary point it gives the gradient of what
+    further training would arrive at, to first order.
+    """
+
+    @abstractmethod
+    def solve(self, hessian: LinearOperator, vector: Params, state: State, /) -> Solution:
+        """Solve H u = v, multiplying by H only. ``vector`` must not be changed."""
+
+    def hypergradient(
+        self,
+        problem: BilevelProblem,
+        training_batches: Sequence[Any],
+        validation_batch: Any,
+        state: State,
+        /,
+    ) -> Hypergradient:
+        validation_loss, vector, direct = validation_gradients(problem, validation_batch)
+        hessian = Hessian(problem, training_batches)
+        if not (is_finite(vector) and is_finite(hessian.gradient)):
+            status, iterations, residual, gradients = Status.NON_FINITE, 0, float("nan"), direct
+        elif norm(vector) == 0.0:  # F does not depend on w here: nothing to solve
+            status, iterations, residual, gradients = Status.CONVERGED, 0, 0.0, direct
+        else:
+            with torch.no_grad():
+                solution = self.solve(hessian, vector, state)
+            status, iterations, residual = solution.status, solution.iterations, solution.residual
+            state = solution.state
+            gradients = add_(scale_(hessian.mixed(solution.value), -1.0), direct)
+        return Hypergradient(
+            gradients=gradients,
+            status=status if is_finite(gradients) else Status.NON_FINITE,
+            iterations=iterations,
+            residual=residual,
+            hvps=hessian.products,
+            validation_loss=validation_loss,
+            training_loss=hessian.loss,
+            state=state,
+        )

@@ -1,0 +1,124 @@
+"""Curvature as a linear operator: linearise the training gradient once, multiply many times.
+
+The Hessian is never formed here. Its products run backward through the stored graph of the training gradient
+(reverse over reverse), which covers the most operators; the same graph gives the mixed derivative with respect to λ.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hyperopt_implicit.vectors import Params
+
+if TYPE_CHECKING:
+    from hyperopt_implicit.problem import BilevelProblem
+
+
+Name = TypeVar("Name")
+
+
+class LinearOperator(ABC):
+    """A symmetric linear map on vectors that are shaped like the model's parameters; ``operator @ vector``.
+
+    Attributes:
+        products: how often it was multiplied.
+    """
+
+    products: int = 0
+
+    @abstractmethod
+    def __matmul__(self, vector: Params) -> Params: ...
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Inside, operators that have a twice differentiable form use it (attention without the fused kernels)."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+class Hessian(LinearOperator):
+    """H = ∂²L/∂w² at one point, of the training loss averaged over batches.
+
+    Building it costs one forward and one backward that keeps its graph; a product costs one more backward through that
+    graph (about one forward and backward of the loss for dense layers, nearly three for convolutions). Memory does not
+    grow with the number of products. Random layers draw once, so that all products see the same masks.
+
+    Args:
+        problem: whose training loss.
+        training_batches: the batches over which the loss is averaged, each with equal weight.
+
+    Attributes:
+        loss: L, a Python number.
+        gradient: ∂L/∂w.
+    """
+
+    def __init__(self, problem: BilevelProblem, training_batches: Sequence[Any]) -> None:
+        self._params = {name: p.detach().requires_grad_() for name, p in problem.params.items()}
+        self._hparams = {name: p.detach().requires_grad_() for name, p in problem.hparams.items()}
+        with twice_differentiable():
+            losses = [
+                problem.functional_training_loss(self._params, self._hparams, batch) for batch in training_batches
+            ]
+            loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+            gradient = _gradients(loss, self._params, create_graph=True)
+        self.loss = float(loss.detach())
+        self.gradient = {name: g.detach() for name, g in gradient.items()}
+        # a parameter on which L depends linearly, or not at all, has a gradient without a graph: its row of H is zero
+        self._curved = [name for name, g in gradient.items() if g.requires_grad]
+        self._outputs = [gradient[name] for name in self._curved]
+
+    def __matmul__(self, vector: Params) -> Params:
+        """H·vector."""
+        self.products += 1
+        return self._pull_back(vector, self._params)
+
+    def mixed(self, vector: Params) -> Params:
+        """(∂²L/∂λ∂w)·vector, shaped like λ."""
+        return self._pull_back(vector, self._hparams)
+
+    def _pull_back(self, vector: Params, onto: Params) -> Params:
+        if not self._outputs or not onto:
+            return {name: torch.zeros_like(x) for name, x in onto.items()}
+        grads = torch.autograd.grad(
+            self._outputs,
+            list(onto.values()),
+            [vector[name] for name in self._curved],
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        return dict(zip(onto, grads, strict=True))
+
+
+def validation_gradients(
+    problem: BilevelProblem, validation_batch: Any, at: Params | None = None, buffers: Params | None = None
+) -> tuple[float, Params, Params]:
+    """F, v = ∂F/∂w and the direct term ∂F/∂λ, at the weights ``at`` or else the model's present ones."""
+    params = {name: p.detach().requires_grad_() for name, p in (problem.params if at is None else at).items()}
+    hparams = {name: p.detach().requires_grad_() for name, p in problem.hparams.items()}
+    loss = problem.functional_validation_loss(params, hparams, validation_batch, buffers)
+    inputs = {("w", name): p for name, p in params.items()} | {("λ", name): p for name, p in hparams.items()}
+    gradients = _gradients(loss, inputs, create_graph=False)
+    return (
+        float(loss.detach()),
+        {name: gradients["w", name] for name in params},
+        {name: gradients["λ", name] for name in hparams},
+    )
+
+
+def _gradients(loss: Tensor, inputs: dict[Name, Tensor], *, create_graph: bool) -> dict[Name, Tensor]:
+    """∂loss/∂inputs, zero where the loss does not depend on an input."""
+    if not loss.requires_grad:
+        return {name: torch.zeros_like(x) for name, x in inputs.items()}
+    grads = torch.autograd.grad(
+        loss, list(inputs.values()), create_graph=create_graph, allow_unused=True, materialize_grads=True
+    )
+    return dict(zip(inputs, grads, strict=True))

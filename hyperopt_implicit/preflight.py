@@ -1,0 +1,162 @@
+"""Checks that run once, before any training: a trial of both losses, and of their second derivative where it is needed.
+
+They find what cannot be seen from signatures: losses that are no finite scalars, hyperparameters without influence, and
+operators that cannot be differentiated twice. Nothing is changed: buffers are copies and the generators are put back.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hyperopt_implicit.backend import Backend, backends_without_second_derivative
+from hyperopt_implicit.errors import HyperoptWarning, LossError, SecondDerivativeError
+from hyperopt_implicit.operators import twice_differentiable
+from hyperopt_implicit.vectors import Params
+
+if TYPE_CHECKING:
+    from hyperopt_implicit.problem import BilevelProblem
+
+
+def preflight(problem: BilevelProblem, backend: Backend, training_batch: Any, validation_batch: Any) -> None:
+    """Try both losses on one batch each, and what the backend will ask of them.
+
+    Raises:
+        LossError: a loss is not a scalar, is not finite, or does not depend on the parameters.
+        SecondDerivativeError: an operator of the training loss cannot be differentiated twice.
+        BackendError: the backend cannot handle the problem.
+
+    Warns:
+        HyperoptWarning: a hyperparameter has no influence on either loss; its gradient will be zero.
+    """
+    backend.check(problem)
+    devices = [problem.device] if problem.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        params = {name: p.detach().requires_grad_() for name, p in problem.params.items()}
+        hparams = {name: p.detach().requires_grad_() for name, p in problem.hparams.items()}
+        with twice_differentiable():
+            training = problem.functional_training_loss(params, hparams, training_batch)
+        validation = problem.functional_validation_loss(params, hparams, validation_batch)
+        for loss, role in ((training, "training_loss"), (validation, "validation_loss")):
+            _check_number(loss, role)
+        gradient = _check_graph(training, params)
+        direct = _grads([validation], hparams) if validation.requires_grad else [None] * len(hparams)
+        mixed: Sequence[Tensor | None] = [None] * len(hparams)
+        if backend.needs_second_derivative:
+            mixed = _try_second_derivative(problem, params, hparams, gradient, training_batch)
+        used_by_loss = problem.hyperparameters.names("loss")
+        unused = {
+            name.split(".")[0] for name, d, m in zip(hparams, direct, mixed, strict=True) if d is None and m is None
+        } - {name.split(".")[0] for name, d, m in zip(hparams, direct, mixed, strict=True) if not (d is None and m is None)}
+    for name in used_by_loss:
+        if name in unused and backend.needs_second_derivative:
+            warnings.warn(
+                f"hyperparameter {name!r} influences neither the training gradient nor the validation loss: its gradient is "
+                f"zero and it will stay at its initial value. Use it in a loss, or remove its declaration.",
+                HyperoptWarning,
+                stacklevel=3,
+            )
+
+
+def _check_number(loss: Tensor, role: str) -> None:
+    if not loss.is_floating_point():
+        raise LossError(f"{role} must return a floating-point scalar; got dtype {loss.dtype}.")
+    if not bool(torch.isfinite(loss)):
+        raise LossError(
+            f"{role} must be finite at the start; it is {float(loss)} on the first batch. Look for logarithms or divisions by "
+            f"zero, and for values outside the range that the loss expects."
+        )
+
+
+def _check_graph(loss: Tensor, params: Params) -> list[Tensor]:
+    missing = LossError(
+        "training_loss must depend on the parameters that the inner optimizer holds; its result has no graph to any of them. "
+        "Look for .detach(), .item() or torch.no_grad() in it, and use the model that the loss is given, not another."
+    )
+    if not loss.requires_grad:
+        raise missing
+    gradient = _grads([loss], params, create_graph=True)
+    if all(g is None for g in gradient):
+        raise missing
+    return [g for g in gradient if g is not None]
+
+
+def _grads(outputs: list[Tensor], inputs: Params, *, create_graph: bool = False) -> Sequence[Tensor | None]:
+    if not inputs:
+        return []
+    return torch.autograd.grad(
+        outputs,
+        list(inputs.values()),
+        [torch.ones_like(output) for output in outputs],
+        create_graph=create_graph,
+        retain_graph=True,
+        allow_unused=True,
+    )
+
+
+def _try_second_derivative(
+    problem: BilevelProblem, params: Params, hparams: Params, gradient: list[Tensor], batch: Any
+) -> Sequence[Tensor | None]:
+    curved = [g for g in gradient if g.requires_grad]
+    if not curved:
+        return [None] * len(hparams)
+    try:
+        _grads(curved, params)
+        return _grads(curved, hparams)
+    except (RuntimeError, NotImplementedError) as error:
+        name, where = _culprit(problem, batch, str(error))
+        raise SecondDerivativeError(
+            f"this backend differentiates the training loss twice, and {name} in {where} has no second derivative. Replace it "
+            f"by an equivalent that has one, or use a backend that does without: {backends_without_second_derivative()}. "
+            f"(torch says: {str(error).splitlines()[0]})"
+        ) from error
+
+
+def _culprit(problem: BilevelProblem, batch: Any, message: str) -> tuple[str, str]:
+    """The operator that torch names in its message, and the innermost module in which the training loss calls it."""
+    found = re.search(r"derivative for '?(?:aten::)?(\w+?)'? is not implemented", message)
+    if found is None:
+        return "an operator", "the training loss"
+    backward = found.group(1)
+    forward = re.sub(r"^_|_backward\w*$|_dense", "", backward).strip("_")
+    with _Recorder(problem.model) as recorder, torch.no_grad():
+        problem.functional_training_loss(problem.params, problem.hparams, batch)
+    for name, where in recorder.calls:
+        if forward in name.strip("_"):
+            return f"operator {forward!r}", where
+    return f"operator {backward!r}", "the training loss"
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes each operator that runs, with the module that it runs in."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, str]] = []
+        self._stack: list[str] = []
+        self._handles: list[Any] = []
+        self._modules = {module: name for name, module in model.named_modules() if name}
+
+    def __enter__(self) -> _Recorder:
+        for module, name in self._modules.items():
+            label = f"module {name!r} ({type(module).__name__})"
+            self._handles.append(module.register_forward_pre_hook(lambda *_, label=label: self._stack.append(label)))
+            self._handles.append(module.register_forward_hook(lambda *_: self._stack.pop() and None, always_call=True))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        for handle in self._handles:
+            handle.remove()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        where = self._stack[-1] if self._stack else "the training loss itself, outside any module of the model"
+        self.calls.append((function.name().removeprefix("aten::").split(".")[0], where))
+        return function(*args, **(kwargs or {}))

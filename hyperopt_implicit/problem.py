@@ -1,0 +1,360 @@
+"""The bilevel problem: a model, two losses, data and an inner optimizer, bound together.
+
+``BilevelProblem`` offers both losses in two forms: on the real model, for training, and as pure functions of
+(params, hparams, batch), for differentiation. How a problem is trained or differentiated is not decided here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from hyperopt_implicit.data import BatchStream, Data, check_data
+from hyperopt_implicit.errors import DeclarationError, LossError, ProblemError, nearest
+from hyperopt_implicit.hyperparameters import (
+    Declaration,
+    Hyperparameters,
+    Value,
+    accepted_names,
+    declarations_of,
+    undecorated,
+)
+from hyperopt_implicit.vectors import Params
+
+OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+@dataclass
+class InnerState:
+    """A copy of all that inner training changes: trained parameters, buffers, and the optimizer's state by parameter."""
+
+    params: Params
+    buffers: Params
+    optimizer: dict[str, dict[str, Any]]
+
+
+class _Bound(nn.Module):
+    """Model and hyperparameters under one roof, so that ``functional_call`` can swap the tensors of both at once."""
+
+    def __init__(self, model: nn.Module, hyperparameters: Hyperparameters) -> None:
+        super().__init__()
+        self.model = model
+        self.hyperparameters = hyperparameters
+
+    def forward(self, loss: Callable[..., Tensor], names: list[str], batch: Any) -> Tensor:
+        values = self.hyperparameters("loss") if names else {}
+        return loss(self.model, batch, **{name: values[name] for name in names})
+
+
+class BilevelProblem:
+    """Choose hyperparameters λ to minimise F(w*(λ), λ), where w*(λ) minimises L(w, λ).
+
+    Args:
+        model: the module whose parameters w are trained. It is used and changed in place, as in any training loop.
+        training_loss: ``L(model, batch, *, name=…)``, a scalar, with its ``@hyperparameter`` declarations on it. It
+            runs in the modes (train or eval, module by module) in which the model was handed over.
+        validation_loss: ``F(model, batch)``, a scalar; it may take hyperparameters by keyword as well, and its direct
+            dependence on them is part of every hypergradient. It runs with the model in eval mode.
+        training_data: a re-iterable of batches (a DataLoader, a list of tensors); only :func:`hyperopt_implicit.optimize`
+            needs it. Batches are moved to the model's device, whatever their nesting.
+        validation_data: the same, for the validation loss.
+        optimizer: a factory of the inner optimizer, called with the list of the model's trainable parameters, or an
+            optimizer that exists already. The parameters that it holds are w; others stay as they are.
+
+    Attributes:
+        model: the model given.
+        hyperparameters: the :class:`Hyperparameters` module that holds λ.
+        optimizer: the inner optimizer.
+
+    Raises:
+        ProblemError: nothing in the model requires grad, the optimizer holds foreign parameters, or a loss takes a
+            keyword that nobody declared.
+        DataError: data is empty, spent after one pass, or a single batch.
+        DeclarationError: a hyperparameter is declared twice, taken by no loss, or starts outside its constraint.
+
+    Example:
+        >>> import torch, hyperopt_implicit as hi
+        >>> @hi.hyperparameter("decay", init=0.1)
+        ... def training_loss(model, batch, *, decay):
+        ...     x, y = batch
+        ...     return ((model(x) - y) ** 2).mean() + decay * model.weight.square().sum()
+        >>> def validation_loss(model, batch):
+        ...     x, y = batch
+        ...     return ((model(x) - y) ** 2).mean()
+        >>> batch = (torch.ones(4, 2), torch.ones(4, 1))
+        >>> problem = hi.BilevelProblem(
+        ...     torch.nn.Linear(2, 1), training_loss, validation_loss, training_data=[batch], validation_data=[batch],
+        ...     optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
+        >>> sorted(problem.params)
+        ['bias', 'weight']
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        training_loss: Callable[..., Tensor],
+        validation_loss: Callable[..., Tensor],
+        *,
+        training_data: Data | None = None,
+        validation_data: Data | None = None,
+        optimizer: OptimizerFactory | torch.optim.Optimizer,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ProblemError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
+        for data, role in ((training_data, "training_data"), (validation_data, "validation_data")):
+            if data is not None:
+                check_data(data, role)
+        self.model = model
+        self.training_data = training_data
+        self.validation_data = validation_data
+        self._losses = {"training_loss": undecorated(training_loss), "validation_loss": undecorated(validation_loss)}
+        declarations = declarations_of(training_loss) + declarations_of(validation_loss)
+        self._taken = _match(declarations, self._losses)
+        self.optimizer = _inner_optimizer(optimizer, model)
+        self._params = _trained_parameters(self.optimizer, model)
+        self.hyperparameters = Hyperparameters(declarations, model)
+        _check_options(self.hyperparameters, self.optimizer)
+        self._bound = _Bound(model, self.hyperparameters)
+        self.sync_optimizer()
+
+    # ------------------------------------------------------------------------------------------------ what it is
+
+    @property
+    def params(self) -> Params:
+        """w: the model's parameters that the inner optimizer trains, by name; live, not copies."""
+        return dict(self._params)
+
+    @property
+    def hparams(self) -> Params:
+        """λ: the unconstrained values of the hyperparameters; live, not copies."""
+        return self.hyperparameters.unconstrained()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the trained parameters live, and where batches are moved to."""
+        return next(iter(self._params.values())).device
+
+    def to(self, device: torch.device | str) -> BilevelProblem:
+        """Move model, hyperparameters and the inner optimizer's state to a device."""
+        self.model.to(device)
+        self.hyperparameters.to(device)
+        self.optimizer.load_state_dict(self.optimizer.state_dict())
+        return self
+
+    def loss_source(self, role: str = "training_loss") -> Callable[..., Tensor]:
+        """The undecorated function behind ``training_loss`` or ``validation_loss``."""
+        return self._losses[role]
+
+    def stream(self, role: str) -> BatchStream:
+        """An endless stream over ``training_data`` or ``validation_data``.
+
+        Raises:
+            ProblemError: the problem was built without that data.
+        """
+        data = self.training_data if role == "training_data" else self.validation_data
+        if data is None:
+            raise ProblemError(
+                f"this needs the problem's {role}, and BilevelProblem was built without; pass {role}=, a list of batches "
+                f"or a DataLoader, or hand over the batches yourself through HyperOptimizer.step."
+            )
+        return BatchStream(data, self.device, role)
+
+    # ------------------------------------------------------------------------------------- losses on the real model
+
+    def training_loss(self, batch: Any, values: dict[str, Value] | None = None) -> Tensor:
+        """L on the model as it stands, with the present hyperparameters (or the constrained ``values`` given).
+
+        This is the loss to call in a training loop of one's own; buffers such as running statistics move.
+        """
+        values = self.hyperparameters("loss") if values is None else values
+        loss = self._losses["training_loss"](
+            self.model, batch, **{name: values[name] for name in self._taken["training_loss"]}
+        )
+        return _scalar(loss, "training_loss")
+
+    @torch.no_grad()
+    def validation_loss(self, batch: Any) -> Tensor:
+        """F on the model as it stands, in eval mode, without a graph."""
+        with evaluating(self.model):
+            return _scalar(self._bound(self._losses["validation_loss"], self._taken["validation_loss"], batch), "validation_loss")
+
+    # ---------------------------------------------------------------------------- losses as functions of (w, λ, batch)
+
+    def functional_training_loss(
+        self, params: Params, hparams: Params, batch: Any, buffers: Params | None = None
+    ) -> Tensor:
+        """L(w, λ) as a pure function. ``buffers`` are changed in place where given; the model's own never are."""
+        return self._call("training_loss", params, hparams, batch, buffers)
+
+    def functional_validation_loss(
+        self, params: Params, hparams: Params, batch: Any, buffers: Params | None = None
+    ) -> Tensor:
+        """F(w, λ) as a pure function, in eval mode."""
+        with evaluating(self.model):
+            return self._call("validation_loss", params, hparams, batch, buffers)
+
+    def _call(self, role: str, params: Params, hparams: Params, batch: Any, buffers: Params | None) -> Tensor:
+        swapped = {f"model.{name}": tensor for name, tensor in params.items()}
+        swapped.update((f"hyperparameters.{name}", tensor) for name, tensor in hparams.items())
+        given = {f"model.{name}": tensor for name, tensor in (buffers or {}).items()}
+        for name, buffer in self._bound.named_buffers():
+            swapped[name] = given[name] if name in given else buffer.clone()
+        loss = functional_call(self._bound, swapped, (self._losses[role], self._taken[role], batch))
+        return _scalar(loss, role)
+
+    # --------------------------------------------------------------------------------------------- the inner state
+
+    def inner_state(self) -> InnerState:
+        """A copy of parameters, buffers and the optimizer's state."""
+        optimizer = {
+            name: {key: _copy(value) for key, value in self.optimizer.state.get(p, {}).items()}
+            for name, p in self._params.items()
+        }
+        return InnerState(
+            params={name: p.detach().clone() for name, p in self._params.items()},
+            buffers={name: b.detach().clone() for name, b in self.model.named_buffers()},
+            optimizer=optimizer,
+        )
+
+    @torch.no_grad()
+    def load_inner_state(self, state: InnerState) -> None:
+        """Put a state back that :meth:`inner_state` copied, or that a backend arrived at."""
+        for name, p in self._params.items():
+            p.copy_(state.params[name])
+            self.optimizer.state.pop(p, None)
+            if state.optimizer[name]:
+                self.optimizer.state[p] = {key: _copy(value) for key, value in state.optimizer[name].items()}
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(state.buffers[name])
+
+    @torch.no_grad()
+    def sync_optimizer(self) -> None:
+        """Write the present values of the optimizer's hyperparameters into the inner optimizer's options."""
+        for name, value in self.hyperparameters("optimizer").items():
+            for group in self.optimizer.param_groups:
+                write_option(group, name, float(value))  # type: ignore[arg-type]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every module is in the mode it had before."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def write_option(group: dict[str, Any], name: str, value: Any) -> None:
+    """Set an option of a parameter group; ``beta1`` and ``beta2`` are the two places of ``betas``."""
+    if name in ("beta1", "beta2") and "betas" in group:
+        first, second = group["betas"]
+        group["betas"] = (value, second) if name == "beta1" else (first, value)
+    else:
+        group[name] = value
+
+
+
+
+def _check_options(hyperparameters: Hyperparameters, optimizer: torch.optim.Optimizer) -> None:
+    for name in hyperparameters.names("optimizer"):
+        value = getattr(hyperparameters, name)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise DeclarationError(f"a hyperparameter of the optimizer must be one number; {name!r} is not.")
+        for group in optimizer.param_groups:
+            options = [key for key, each in group.items() if isinstance(each, float | int) and not isinstance(each, bool)]
+            options += ["beta1", "beta2"] if "betas" in group else []
+            if name not in options:
+                raise DeclarationError(
+                    f"a hyperparameter with target='optimizer' must be a numeric option of the inner optimizer; "
+                    f"{type(optimizer).__name__} has {', '.join(sorted(options))}, not {name!r}.{nearest(name, options)}"
+                )
+
+
+def _match(declarations: tuple[Declaration, ...], losses: dict[str, Callable[..., Tensor]]) -> dict[str, list[str]]:
+    """Which loss takes which declared name; refuses names that are declared twice, taken by none, or never declared."""
+    names = [each.name for each in declarations]
+    for name in names:
+        if names.count(name) > 1:
+            raise DeclarationError(
+                f"each hyperparameter is declared once; {name!r} is declared on both losses. Keep one declaration: "
+                f"each loss that takes {name!r} as a keyword gets the value."
+            )
+    for_losses = [each.name for each in declarations if each.target == "loss"]
+    taken = {role: accepted_names(loss, for_losses) for role, loss in losses.items()}
+    for name in for_losses:
+        if not any(name in each for each in taken.values()):
+            raise DeclarationError(
+                f"a hyperparameter must be a keyword of a loss; neither training_loss nor validation_loss takes {name!r}. "
+                f"Add it to the signature, or declare it with target='optimizer' if the inner optimizer uses it."
+            )
+    for role, loss in losses.items():
+        required = [
+            p.name
+            for p in list(inspect.signature(loss).parameters.values())[2:]
+            if p.default is p.empty and p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
+        missing = [name for name in required if name not in for_losses]
+        if missing:
+            raise DeclarationError(
+                f"every keyword of a loss needs a declaration or a default; {role} takes {missing[0]!r}, which has neither. "
+                f'Add @hyperparameter("{missing[0]}", init=…) to it, or give it a default.'
+            )
+    return taken
+
+
+def _inner_optimizer(optimizer: OptimizerFactory | torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise ProblemError(
+            "the model must have at least one parameter with requires_grad=True; it has none, so there is nothing to "
+            "train. Unfreeze the part that should be trained."
+        )
+    made = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(trainable)
+    if not isinstance(made, torch.optim.Optimizer):
+        raise ProblemError(
+            f"optimizer must be a torch.optim.Optimizer or a factory that returns one from a list of parameters; got "
+            f"{type(made).__name__}. For instance optimizer=lambda params: torch.optim.SGD(params, lr=0.1)."
+        )
+    return made
+
+
+def _trained_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, nn.Parameter]:
+    names = {id(p): name for name, p in model.named_parameters()}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    foreign = [p for p in held if id(p) not in names]
+    if foreign:
+        raise ProblemError(
+            f"the inner optimizer must hold parameters of the model only; {len(foreign)} of its {len(held)} tensors "
+            f"(the first of shape {tuple(foreign[0].shape)}) are not among them. Build it from the parameters that the "
+            f"factory is given, or from those of the model passed to BilevelProblem."
+        )
+    chosen = {id(p) for p in held if p.requires_grad}
+    params = {name: p for name, p in model.named_parameters() if id(p) in chosen}
+    if not params:
+        raise ProblemError("the inner optimizer must hold a parameter with requires_grad=True; it holds none.")
+    return params
+
+
+def _scalar(loss: Any, role: str) -> Tensor:
+    if not isinstance(loss, Tensor):
+        raise LossError(f"{role} must return a scalar tensor; got {type(loss).__name__}.")
+    if loss.numel() != 1:
+        raise LossError(
+            f"{role} must return a scalar; got shape {tuple(loss.shape)}. Take its mean or its sum."
+        )
+    return loss.reshape(())
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
