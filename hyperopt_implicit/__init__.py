@@ -26,3 +26,6 @@ from hyperopt_implicit.implicit import ImplicitBackend, Solution
 from hyperopt_implicit.knobs import knob, knobs_of
 from hyperopt_implicit.operators import Hessian, LinearOperator
 from hyperopt_implicit.problem import BilevelProblem
+from hyperopt_implicit.history import History, OuterStep, Result
+from hyperopt_implicit.optimize import optimize
+from hyperopt_implicit.tracking import Tracking

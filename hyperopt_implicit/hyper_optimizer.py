@@ -135,6 +135,15 @@ class HyperOptimizer:
         """The present constrained values by name, detached."""
         return self.problem.hyperparameters.values()
 
+    def check(self, training_batch: Any, validation_batch: Any) -> None:
+        """Try the losses and their derivatives on one batch each; the first outer step does it where this was not called.
+
+        Raises:
+            HyperoptError: what :func:`hyperopt_implicit.preflight.preflight` refuses.
+        """
+        preflight(self.problem, self.backend, training_batch, validation_batch)
+        self._checked = True
+
     def step(self, training_batch: Any, validation_batch: Any) -> Hypergradient:
         """One outer step from one training and one validation batch; see :meth:`step_through`."""
         return self.step_through([training_batch], validation_batch)
@@ -156,8 +165,7 @@ class HyperOptimizer:
         """The hypergradient alone, with the state carried from the last one; checks the problem at its first call."""
         training, validation = _batches(self.problem, training_batches, validation_batch)
         if not self._checked:
-            preflight(self.problem, self.backend, training[0], validation)
-            self._checked = True
+            self.check(training[0], validation)
         result = self.backend.hypergradient(self.problem, training, validation, self.state)
         self.state = result.state if result.status is not Status.NON_FINITE else {}
         return result

@@ -1,0 +1,163 @@
+"""What a run leaves behind: one record an outer step, the history of them, and the result.
+
+Nothing here computes; ``optimize.py`` fills it, ``tracking.py`` and ``figures.py`` show it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from hyperopt_implicit.backend import Status
+from hyperopt_implicit.hyperparameters import Value
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from hyperopt_implicit.problem import BilevelProblem
+
+MAX_ELEMENTS = 20
+"""Hyperparameters of up to so many elements are recorded element by element, larger ones by min, mean and max."""
+
+StopReason = Literal["all outer steps done", "no improvement", "stopped by a callback", "too many failed steps"]
+
+
+@dataclass(frozen=True)
+class OuterStep:
+    """One outer step: where it stood before the hyperparameters moved, and what the move cost.
+
+    Attributes:
+        step: its number, from 0.
+        training_loss: mean of L over the inner steps (non-finite ones left out).
+        validation_loss: F on this step's validation batch.
+        validation_loss_sweep: mean of F over the last pass through the validation data; early stopping and the best step go
+            by it. Equal to ``validation_loss`` where there is one batch.
+        hypergradient_norm: over all hyperparameters, before clipping.
+        status: how the hypergradient ended.
+        iterations: the backend's terms, iterations or steps.
+        residual: ‖Hu − v‖/‖v‖, or None.
+        hvps: Hessian-vector products spent.
+        applied: whether the hyperparameters moved.
+        failed_inner_steps: inner steps left out because L was not finite.
+        inner_seconds: time of the inner steps; for an unrolled backend they are part of ``outer_seconds``.
+        outer_seconds: time of the hypergradient and the outer optimizer.
+        hyperparameters: constrained values before the move, as :func:`summarise` gives them.
+    """
+
+    step: int
+    training_loss: float
+    validation_loss: float
+    validation_loss_sweep: float
+    hypergradient_norm: float
+    status: Status
+    iterations: int
+    residual: float | None
+    hvps: int
+    applied: bool
+    failed_inner_steps: int
+    inner_seconds: float
+    outer_seconds: float
+    hyperparameters: dict[str, float]
+
+
+Callback = Callable[[OuterStep, "BilevelProblem"], bool | None]
+
+
+@torch.no_grad()
+def summarise(values: Mapping[str, Value]) -> dict[str, float]:
+    """Numbers that stand for hyperparameters: ``name`` for one element, ``name/0`` … up to 20, else min, mean and max."""
+    numbers: dict[str, float] = {}
+    for name, value in values.items():
+        flat = flattened(value)
+        if flat.numel() == 1:
+            numbers[name] = float(flat)
+        elif flat.numel() <= MAX_ELEMENTS and isinstance(value, Tensor):
+            numbers.update((f"{name}/{i}", x) for i, x in enumerate(flat.tolist()))
+        else:
+            low, high = torch.aminmax(flat)
+            numbers.update({f"{name}/min": float(low), f"{name}/mean": float(flat.mean()), f"{name}/max": float(high)})
+    return numbers
+
+
+def flattened(value: Value) -> Tensor:
+    """All elements of a hyperparameter, of a module's parameters as of a tensor, in one row."""
+    if isinstance(value, nn.Module):
+        return torch.cat([p.detach().reshape(-1) for p in value.parameters()])
+    return value.detach().reshape(-1)
+
+
+class History(Sequence[OuterStep]):
+    """The outer steps of a run, in order.
+
+    Example:
+        >>> import hyperopt_implicit as hi
+        >>> len(hi.History())
+        0
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[OuterStep] = []
+
+    def append(self, step: OuterStep) -> None:
+        self._steps.append(step)
+
+    @overload
+    def __getitem__(self, index: int) -> OuterStep: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[OuterStep]: ...
+    def __getitem__(self, index: int | slice) -> OuterStep | Sequence[OuterStep]:
+        return self._steps[index]
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[OuterStep]:
+        return iter(self._steps)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A row an outer step; hyperparameters as columns ``hyperparameter/name``."""
+        import pandas as pd
+
+        rows: list[dict[str, Any]] = []
+        for each in self._steps:
+            row = {key: value for key, value in vars(each).items() if key != "hyperparameters"}
+            row["status"] = each.status.value
+            row.update((f"hyperparameter/{name}", x) for name, x in each.hyperparameters.items())
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+
+@dataclass
+class Result:
+    """What :func:`hyperopt_implicit.optimize` returns.
+
+    Attributes:
+        problem: the problem, its model trained and its hyperparameters at their last values.
+        hyperparameters: the last constrained values.
+        best_hyperparameters: those with which the validation loss was lowest (by ``validation_loss_sweep``).
+        validation_loss: the last step's, by ``validation_loss_sweep``.
+        best_validation_loss: the lowest.
+        best_step: the outer step at which it was reached; None where no step gave a finite one.
+        history: a record an outer step.
+        stop_reason: why it ended.
+        seconds: wall-clock time of training and outer steps, without tracking's start and end.
+        run_id: of the MLflow run, where tracking was on and its server reachable.
+        run_link: where to look at it.
+    """
+
+    problem: BilevelProblem
+    hyperparameters: dict[str, Value]
+    best_hyperparameters: dict[str, Value]
+    validation_loss: float
+    best_validation_loss: float
+    best_step: int | None
+    history: History
+    stop_reason: StopReason
+    seconds: float
+    run_id: str | None = None
+    run_link: str | None = None
+    failed_steps: int = field(default=0)
