@@ -20,12 +20,50 @@ from hyperopt_implicit.errors import (
     SearchError,
     SecondDerivativeError,
 )
+from hyperopt_implicit.history import History, OuterStep, Result
 from hyperopt_implicit.hyper_optimizer import HyperOptimizer, hypergradient
 from hyperopt_implicit.hyperparameters import Hyperparameters, hyperparameter
 from hyperopt_implicit.implicit import ImplicitBackend, Solution
 from hyperopt_implicit.knobs import knob, knobs_of
 from hyperopt_implicit.operators import Hessian, LinearOperator
-from hyperopt_implicit.problem import BilevelProblem
-from hyperopt_implicit.history import History, OuterStep, Result
 from hyperopt_implicit.optimize import optimize
+from hyperopt_implicit.problem import BilevelProblem
+from hyperopt_implicit.search import SearchResult, search
 from hyperopt_implicit.tracking import Tracking
+
+__all__ = [
+    "Backend",
+    "BackendError",
+    "BilevelProblem",
+    "CommandError",
+    "DataError",
+    "DeclarationError",
+    "Hessian",
+    "History",
+    "HyperOptimizer",
+    "Hypergradient",
+    "HypergradientError",
+    "HyperoptError",
+    "HyperoptWarning",
+    "Hyperparameters",
+    "ImplicitBackend",
+    "LinearOperator",
+    "LossError",
+    "OuterStep",
+    "ProblemError",
+    "Result",
+    "SearchError",
+    "SearchResult",
+    "SecondDerivativeError",
+    "Solution",
+    "Status",
+    "Tracking",
+    "get_backend",
+    "hypergradient",
+    "hyperparameter",
+    "knob",
+    "knobs_of",
+    "list_backends",
+    "optimize",
+    "search",
+]

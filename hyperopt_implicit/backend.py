@@ -108,7 +108,9 @@ class Backend(ABC):
     needs_second_derivative: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name, value in validated_options(type(self), {f.name: getattr(self, f.name) for f in options_of(type(self))}).items():
+        for name, value in validated_options(
+            type(self), {f.name: getattr(self, f.name) for f in options_of(type(self))}
+        ).items():
             object.__setattr__(self, name, value)
 
     @abstractmethod
@@ -202,7 +204,9 @@ def get_backend_class(name: str) -> type[Backend]:
         raise BackendError(f"there is no backend {name!r}; installed are {', '.join(known)}.{nearest(name, known)}")
     backend = found[0].load()
     if not (isinstance(backend, type) and issubclass(backend, Backend)):
-        raise BackendError(f"the entry point {name!r} must name a subclass of hyperopt_implicit.Backend; it is {backend!r}.")
+        raise BackendError(
+            f"the entry point {name!r} must name a subclass of hyperopt_implicit.Backend; it is {backend!r}."
+        )
     return backend
 
 
@@ -234,7 +238,9 @@ def get_backend(spec: Spec, **options: Any) -> Backend:
 
 def _names_where(condition: Any) -> str:
     """The installed backends for which a condition on the class holds, as prose."""
-    return ", ".join(repr(name) for name in list_backends() if condition(get_backend_class(name))) or "none is installed"
+    return (
+        ", ".join(repr(name) for name in list_backends() if condition(get_backend_class(name))) or "none is installed"
+    )
 
 
 def backends_without_second_derivative() -> str:

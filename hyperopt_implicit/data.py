@@ -19,7 +19,9 @@ Data = Iterable[Any]
 
 def check_data(data: Any, role: str) -> None:
     """Refuse what would be iterated wrongly: a batch in place of a list of batches, a generator, nothing at all."""
-    if isinstance(data, Tensor | Mapping | str) or (isinstance(data, tuple) and any(isinstance(x, Tensor) for x in data)):
+    if isinstance(data, Tensor | Mapping | str) or (
+        isinstance(data, tuple) and any(isinstance(x, Tensor) for x in data)
+    ):
         raise DataError(
             f"{role} must be a re-iterable of batches; got a single {type(data).__name__}, which would be iterated row by "
             f"row. Wrap it in a list, [batch], to use it as one full batch."
@@ -48,7 +50,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     return pytree.tree_map(
-        lambda leaf: leaf.to(device) if hasattr(leaf, "to") and not isinstance(leaf, nn.Module) else leaf, batch
+        lambda leaf: leaf.to(device) if hasattr(leaf, "to") and not isinstance(leaf, nn.Module) else leaf,
+        batch,
     )
 
 

@@ -25,7 +25,8 @@ def trajectories(history: History) -> Figure:
     if any(each.residual is not None for each in history):
         residuals = [float("nan") if each.residual is None else each.residual for each in history]
         axes[1].plot(steps, residuals, label="solver's relative residual")
-    _log_scale(axes[1])
+    if any(each.hypergradient_norm > 0 for each in history):
+        axes[1].set_yscale("log")
     axes[1].set_title("hypergradient")
     for ax, name in zip(axes[2:], names, strict=True):
         keys = [key for key in history[0].hyperparameters if key.split("/")[0] == name]
@@ -64,9 +65,3 @@ def _grid(count: int) -> tuple[Figure, list[Axes]]:
     for ax in axes[count:]:
         ax.set_visible(False)
     return figure, axes[:count]
-
-
-def _log_scale(ax: Axes) -> None:
-    positive = [y for line in ax.lines for y in line.get_ydata() if y > 0]
-    if positive:
-        ax.set_yscale("log")

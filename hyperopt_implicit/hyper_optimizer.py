@@ -210,14 +210,26 @@ class HyperOptimizer:
         return False
 
     def _report(self, result: Hypergradient) -> None:
-        residual = "" if result.residual is None or math.isnan(result.residual) else f" (relative residual {result.residual:.2g})"
+        residual = (
+            ""
+            if result.residual is None or math.isnan(result.residual)
+            else f" (relative residual {result.residual:.2g})"
+        )
         text = f"hypergradient: {result.status.value} after {result.iterations} iterations{residual}. {result.status.remedy}"
         if self.on_failure == "raise":
             raise HypergradientError(text)
         if result.status not in self._warned:
             self._warned.add(result.status)
-            done = "was used" if self.on_failure == "warn" and result.status is not Status.NON_FINITE else "was not applied"
-            warnings.warn(f"{text} It {done}; the next ones of this kind are only counted.", HyperoptWarning, stacklevel=3)
+            done = (
+                "was used"
+                if self.on_failure == "warn" and result.status is not Status.NON_FINITE
+                else "was not applied"
+            )
+            warnings.warn(
+                f"{text} It {done}; the next ones of this kind are only counted.",
+                HyperoptWarning,
+                stacklevel=3,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Hyperparameters, outer optimizer and the backend's carried state."""

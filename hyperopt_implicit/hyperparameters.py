@@ -143,7 +143,11 @@ def hyperparameter(
         def loss(model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
             given = signature.bind_partial(model, *args, **kwargs).arguments
             for each in declared:
-                if each.name in accepted_names(plain, [each.name]) and each.name not in given and each.name not in kwargs:
+                if (
+                    each.name in accepted_names(plain, [each.name])
+                    and each.name not in given
+                    and each.name not in kwargs
+                ):
                     kwargs[each.name] = each.initial_value(model)
             return plain(model, *args, **kwargs)
 
@@ -157,7 +161,9 @@ def _declaration(name: str, init: Initial, constraint: Constraint, target: Targe
     if not isinstance(name, str) or not name.isidentifier():
         raise DeclarationError(f"a hyperparameter's name must be a Python identifier; got {name!r}.")
     if hasattr(nn.Module(), name):
-        raise DeclarationError(f"{name!r} is a name of torch.nn.Module and cannot name a hyperparameter; choose another.")
+        raise DeclarationError(
+            f"{name!r} is a name of torch.nn.Module and cannot name a hyperparameter; choose another."
+        )
     if target not in get_args(Target):
         raise DeclarationError(f"hyperparameter {name!r}: target must be 'loss' or 'optimizer'; got {target!r}.")
     try:

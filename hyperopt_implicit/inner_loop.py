@@ -74,7 +74,9 @@ class Trajectory:
             if t >= kept_from:
                 self._iterates.append(current)
             buffers = {name: b.clone() for name, b in current.buffers.items()}
-            loss, params, slots = self._step(t, current.params, current.slots, self._hparams, buffers, batch, graph=False)
+            loss, params, slots = self._step(
+                t, current.params, current.slots, self._hparams, buffers, batch, graph=False
+            )
             self.losses.append(float(loss))
             current = _Iterate(params, slots, buffers, _random_states(problem.device))
             if not math.isfinite(self.losses[-1]):

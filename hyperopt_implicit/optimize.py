@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -26,7 +26,7 @@ from hyperopt_implicit.hyperparameters import Value
 from hyperopt_implicit.inner_loop import train_step
 from hyperopt_implicit.problem import BilevelProblem, InnerState
 from hyperopt_implicit.progress import ProgressBar
-from hyperopt_implicit.tracking import Tracking, start_tracking
+from hyperopt_implicit.tracking import RunTracker, Tracking
 from hyperopt_implicit.vectors import is_finite, norm
 
 Scheduler = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
@@ -134,13 +134,16 @@ def optimize(
             restart=restart,
             schedulers=[
                 make(optimizer)
-                for make, optimizer in ((inner_scheduler, problem.optimizer), (outer_scheduler, outer.optimizer))
+                for make, optimizer in (
+                    (inner_scheduler, problem.optimizer),
+                    (outer_scheduler, outer.optimizer),
+                )
                 if make is not None
             ],
         )
         # the only point before training at which the data and both losses are touched
         outer.check(loop.training.peek(), loop.validation.peek())
-        tracker = start_tracking(tracking, problem, outer.backend, described)
+        tracker = RunTracker(tracking, problem, outer.backend, described)
         run = _Run(loop, patience=patience, min_delta=min_delta, max_failures=max_failures, callbacks=list(callbacks))
         try:
             with ProgressBar(outer_steps, progress) as bar:
@@ -210,7 +213,7 @@ class _Loop:
 
     def _detached_values(self) -> dict[str, Value]:
         with torch.no_grad():
-            return self.problem.hyperparameters("loss")
+            return cast(dict[str, Value], self.problem.hyperparameters("loss"))
 
 
 @dataclass

@@ -103,9 +103,7 @@ _RULES: dict[type[torch.optim.Optimizer], UpdateRule] = {
         lists=("exp_avgs", "exp_avg_sqs", "mu_products"),
         initial=lambda group, key: float(key == "mu_product"),
     ),
-    torch.optim.RAdam: UpdateRule(
-        radam, slots=_moments, options=("betas", "eps"), lists=("exp_avgs", "exp_avg_sqs")
-    ),
+    torch.optim.RAdam: UpdateRule(radam, slots=_moments, options=("betas", "eps"), lists=("exp_avgs", "exp_avg_sqs")),
     torch.optim.Adadelta: UpdateRule(
         adadelta,
         slots=lambda group: {"square_avg": "square_avgs", "acc_delta": "acc_deltas"},
@@ -209,8 +207,8 @@ def apply_update(
     Returns:
         The parameters and the state after the update.
     """
-    lr = tuned.get("lr", group["lr"])
-    decay = tuned.get("weight_decay", group["weight_decay"])
+    lr: Any = tuned.get("lr", group["lr"])
+    decay: Any = tuned.get("weight_decay", group["weight_decay"])
     if group.get("maximize"):
         grads = [-g for g in grads]
     if isinstance(decay, Tensor) or decay != 0:
@@ -265,9 +263,7 @@ def _options(rule: UpdateRule, group: Group, tuned: dict[str, Tensor]) -> dict[s
 class _SafeSquareRoot(TorchFunctionMode):
     """√x with derivative zero at x = 0 instead of infinity; the values are the same to the bit."""
 
-    def __torch_function__(
-        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in (torch.Tensor.sqrt, torch.Tensor.sqrt_, torch.sqrt) and args[0].requires_grad:
             x = args[0]
             zero = x == 0

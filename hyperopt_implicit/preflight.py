@@ -53,7 +53,11 @@ def preflight(problem: BilevelProblem, backend: Backend, training_batch: Any, va
         used_by_loss = problem.hyperparameters.names("loss")
         unused = {
             name.split(".")[0] for name, d, m in zip(hparams, direct, mixed, strict=True) if d is None and m is None
-        } - {name.split(".")[0] for name, d, m in zip(hparams, direct, mixed, strict=True) if not (d is None and m is None)}
+        } - {
+            name.split(".")[0]
+            for name, d, m in zip(hparams, direct, mixed, strict=True)
+            if not (d is None and m is None)
+        }
     for name in used_by_loss:
         if name in unused and backend.needs_second_derivative:
             warnings.warn(

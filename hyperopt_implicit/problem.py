@@ -114,7 +114,10 @@ class BilevelProblem:
         self.model = model
         self.training_data = training_data
         self.validation_data = validation_data
-        self._losses = {"training_loss": undecorated(training_loss), "validation_loss": undecorated(validation_loss)}
+        self._losses = {
+            "training_loss": undecorated(training_loss),
+            "validation_loss": undecorated(validation_loss),
+        }
         declarations = declarations_of(training_loss) + declarations_of(validation_loss)
         self._taken = _match(declarations, self._losses)
         self.optimizer = _inner_optimizer(optimizer, model)
@@ -183,7 +186,10 @@ class BilevelProblem:
     def validation_loss(self, batch: Any) -> Tensor:
         """F on the model as it stands, in eval mode, without a graph."""
         with evaluating(self.model):
-            return _scalar(self._bound(self._losses["validation_loss"], self._taken["validation_loss"], batch), "validation_loss")
+            return _scalar(
+                self._bound(self._losses["validation_loss"], self._taken["validation_loss"], batch),
+                "validation_loss",
+            )
 
     # ---------------------------------------------------------------------------- losses as functions of (w, λ, batch)
 
@@ -239,7 +245,7 @@ class BilevelProblem:
         """Write the present values of the optimizer's hyperparameters into the inner optimizer's options."""
         for name, value in self.hyperparameters("optimizer").items():
             for group in self.optimizer.param_groups:
-                write_option(group, name, float(value))  # type: ignore[arg-type]
+                write_option(group, name, float(value))
 
 
 @contextmanager
@@ -264,15 +270,15 @@ def write_option(group: dict[str, Any], name: str, value: Any) -> None:
         group[name] = value
 
 
-
-
 def _check_options(hyperparameters: Hyperparameters, optimizer: torch.optim.Optimizer) -> None:
     for name in hyperparameters.names("optimizer"):
         value = getattr(hyperparameters, name)
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise DeclarationError(f"a hyperparameter of the optimizer must be one number; {name!r} is not.")
         for group in optimizer.param_groups:
-            options = [key for key, each in group.items() if isinstance(each, float | int) and not isinstance(each, bool)]
+            options = [
+                key for key, each in group.items() if isinstance(each, float | int) and not isinstance(each, bool)
+            ]
             options += ["beta1", "beta2"] if "betas" in group else []
             if name not in options:
                 raise DeclarationError(
@@ -350,9 +356,7 @@ def _scalar(loss: Any, role: str) -> Tensor:
     if not isinstance(loss, Tensor):
         raise LossError(f"{role} must return a scalar tensor; got {type(loss).__name__}.")
     if loss.numel() != 1:
-        raise LossError(
-            f"{role} must return a scalar; got shape {tuple(loss.shape)}. Take its mean or its sum."
-        )
+        raise LossError(f"{role} must return a scalar; got shape {tuple(loss.shape)}. Take its mean or its sum.")
     return loss.reshape(())
 
 

@@ -37,7 +37,9 @@ class ProgressBar:
     def update(self, step: OuterStep) -> None:
         """Show one more step."""
         if self._progress is not None:
-            text = f"training {step.training_loss:.4g}  validation {step.validation_loss_sweep:.4g}  {step.status.value}"
+            text = (
+                f"training {step.training_loss:.4g}  validation {step.validation_loss_sweep:.4g}  {step.status.value}"
+            )
             self._progress.update(self._task, advance=1, description=text)
 
     def __exit__(

@@ -92,14 +92,18 @@ class Neumann(ImplicitBackend):
 
 def _largest_eigenvalue(hessian: LinearOperator, vector: Params, state: State) -> tuple[float, State]:
     """The largest absolute eigenvalue by power iteration, from where the last call stopped; ‖Hx‖ never exceeds it."""
-    direction = state.get("eigenvector")
-    warm = direction is not None and same_shapes(direction, vector)
+    last: Params = state.get("eigenvector", {})
+    warm = same_shapes(last, vector)
+    direction = last
     if not warm:
         # the right-hand side alone could be orthogonal to the leading eigenvector; a fixed ripple makes that improbable
         direction = clone(vector)
         ripple = norm(vector) / max(sum(x.numel() for x in vector.values()), 1) ** 0.5
         for tensor in direction.values():
-            tensor.add_(ripple * torch.cos(torch.arange(tensor.numel(), device=tensor.device).mul(1.7)).view_as(tensor).to(tensor))
+            tensor.add_(
+                ripple
+                * torch.cos(torch.arange(tensor.numel(), device=tensor.device).mul(1.7)).view_as(tensor).to(tensor)
+            )
     eigenvalue = 0.0
     for _ in range(1 if warm else _COLD_POWER_ITERATIONS):
         direction = scale_(clone(direction), 1.0 / norm(direction))
@@ -108,4 +112,7 @@ def _largest_eigenvalue(hessian: LinearOperator, vector: Params, state: State) -
         if not 0.0 < size < float("inf"):
             return max(eigenvalue, 0.0), {}
         eigenvalue, direction = size, product
-    return eigenvalue, {"eigenvector": scale_(direction, 1.0 / norm(direction)), "largest_eigenvalue": eigenvalue}
+    return eigenvalue, {
+        "eigenvector": scale_(direction, 1.0 / norm(direction)),
+        "largest_eigenvalue": eigenvalue,
+    }

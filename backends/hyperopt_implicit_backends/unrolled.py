@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
 
 from hyperopt_implicit.backend import Backend, Hypergradient, State, Status
@@ -46,7 +45,8 @@ class Unrolled(Backend):
     """
 
     last: Annotated[
-        Annotated[int, Field(ge=1)] | None, Field(description="differentiate only the last so many steps; all if None")
+        Annotated[int, Field(ge=1)] | None,
+        Field(description="differentiate only the last so many steps; all if None"),
     ] = None
 
     differentiates: ClassVar[Literal["solution", "trajectory"]] = "trajectory"

@@ -1,0 +1,58 @@
+# Everything runs in .venv, installed from constraints.txt: the versions that are tested.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+
+.PHONY: help demo test test-slow check lint types docs doctest serve-docs benchmark examples clean
+
+help:
+	@echo "make demo       set up and run the demo: auxiliary learning on digits"
+	@echo "make test       set up and run the tests"
+	@echo "make test-slow  the long versions"
+	@echo "make check      lint, strict types, docs build, doctests and the code of the docs"
+	@echo "make benchmark  cost of the backends against loops written by hand; writes docs/benchmarks.md"
+	@echo "make examples   run every example in full"
+
+# torch first: without a version, and as another package's dependency, it may bring gigabytes of GPU libraries
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,docs]"
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/auxiliary_digits.py
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) tests
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow tests
+
+check: lint types docs doctest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+docs: $(VENV)/.installed
+	$(BIN)/mkdocs build --strict
+
+doctest: $(VENV)/.installed
+	$(BIN)/python -m pytest --doctest-modules hyperopt_implicit backends/hyperopt_implicit_backends tests/test_docs.py
+
+benchmark: $(VENV)/.installed
+	$(BIN)/python benchmarks/hypergradient.py --write docs/benchmarks.md
+
+examples: $(VENV)/.installed
+	for example in examples/*.py; do $(BIN)/python $$example || exit 1; done
+
+serve-docs: $(VENV)/.installed
+	$(BIN)/mkdocs serve
+
+clean:
+	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,351 @@
+"""The command line: ``run``, ``search``, ``backends`` and ``ui``. Only parsing and printing; the work is elsewhere."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from hyperopt_implicit.backend import get_backend, get_backend_class, list_backends, options_of
+from hyperopt_implicit.errors import CommandError, HyperoptError, HyperoptWarning
+from hyperopt_implicit.history import Result, summarise
+from hyperopt_implicit.loading import build, find_problem, load_file
+from hyperopt_implicit.optimize import optimize
+from hyperopt_implicit.problem import BilevelProblem
+from hyperopt_implicit.search import DEFAULT_STORAGE, search
+from hyperopt_implicit.tracking import MODEL_TRAINING_VIEW, Tracking, without_password
+
+app = typer.Typer(
+    name="hyperopt-implicit",
+    help="Gradient-based hyperparameter optimization for PyTorch. Declare hyperparameters in a Python file, then run or "
+    "search it here.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+File = Annotated[
+    Path,
+    typer.Argument(metavar="FILE.py", help="Python file that defines a problem, or a function that builds one."),
+]
+Problem = Annotated[
+    str | None, typer.Option("--problem", metavar="NAME", help="Which one, where the file defines several.")
+]
+BackendName = Annotated[str, typer.Option("--backend", "-b", help="Hypergradient backend by name; see `backends`.")]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--option", "-o", metavar="NAME=VALUE", help="Option of the backend; may be repeated."),
+]
+OuterSteps = Annotated[int, typer.Option(help="How often the hyperparameters move.")]
+InnerSteps = Annotated[int, typer.Option(help="Training steps before each move.")]
+Warmup = Annotated[int, typer.Option("--warmup-steps", help="Training steps before the first move.")]
+OuterLr = Annotated[float, typer.Option(help="Learning rate of the outer optimizer (Adam).")]
+Clip = Annotated[float | None, typer.Option(help="Largest norm of the hypergradient.")]
+HessianBatches = Annotated[int, typer.Option(help="Training batches over which the Hessian is averaged.")]
+Patience = Annotated[int | None, typer.Option(help="Stop after so many outer steps without a lower validation loss.")]
+Seed = Annotated[int | None, typer.Option(help="Seed for building the problem and for the run.")]
+Device = Annotated[str | None, typer.Option(help="Where to train: cpu, cuda, cuda:1, mps.")]
+Uri = Annotated[
+    str | None,
+    typer.Option("--tracking-uri", help="MLflow tracking URI [default: $MLFLOW_TRACKING_URI or sqlite:///mlflow.db]."),
+]
+Experiment = Annotated[
+    str | None,
+    typer.Option(help="MLflow experiment [default: $MLFLOW_EXPERIMENT_NAME or hyperopt_implicit]."),
+]
+RunName = Annotated[str | None, typer.Option(help="Name of the MLflow run.")]
+NoTracking = Annotated[bool, typer.Option("--no-tracking", help="Log nothing.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.command()
+def run(
+    file: File,
+    problem: Problem = None,
+    backend: BackendName = "neumann",
+    option: Options = None,
+    knob: Annotated[
+        list[str] | None,
+        typer.Option("--knob", "-k", metavar="NAME=VALUE", help="Value of a knob; may be repeated."),
+    ] = None,
+    outer_steps: OuterSteps = 100,
+    inner_steps: InnerSteps = 10,
+    warmup_steps: Warmup = 0,
+    outer_lr: OuterLr = 1e-2,
+    clip: Clip = None,
+    hessian_batches: HessianBatches = 1,
+    patience: Patience = None,
+    seed: Seed = None,
+    device: Device = None,
+    tracking_uri: Uri = None,
+    experiment: Experiment = None,
+    run_name: RunName = None,
+    no_tracking: NoTracking = False,
+    debug: Debug = False,
+) -> None:
+    """Train a model and its hyperparameters together, once.
+
+    Example: `hyperopt-implicit run train.py --backend cg --option max_iterations=10 --outer-steps 200`
+    """
+    found = get_backend(backend, **_pairs(option, "--option"))
+    _check_device(device)
+    if seed is not None:
+        torch.manual_seed(seed)
+    built = build(find_problem(load_file(file), problem), _pairs(knob, "--knob"))
+    if device is not None:
+        built.to(device)
+    start = summarise(built.hyperparameters.values())
+    result = optimize(
+        built,
+        found,
+        outer_steps=outer_steps,
+        inner_steps=inner_steps,
+        warmup_steps=warmup_steps,
+        outer_lr=outer_lr,
+        clip=clip,
+        hessian_batches=hessian_batches,
+        patience=patience,
+        seed=seed,
+        tracking=not no_tracking and Tracking(tracking_uri, experiment, run_name),
+    )
+    _print_result(result, start)
+    _print_link(result.run_link, tracking_uri)
+
+
+@app.command(name="search")
+def search_command(
+    file: File,
+    problem: Problem = None,
+    backend: BackendName = "neumann",
+    option: Options = None,
+    trials: Annotated[int, typer.Option("--trials", "-n", help="Trials the study shall have in all.")] = 20,
+    study: Annotated[str | None, typer.Option(help="Name of the study; one that exists is continued.")] = None,
+    storage: Annotated[str, typer.Option(help="Optuna storage URL.")] = DEFAULT_STORAGE,
+    outer_steps: OuterSteps = 100,
+    inner_steps: InnerSteps = 10,
+    warmup_steps: Warmup = 0,
+    outer_lr: OuterLr = 1e-2,
+    clip: Clip = None,
+    hessian_batches: HessianBatches = 1,
+    patience: Patience = None,
+    seed: Seed = None,
+    device: Device = None,
+    tracking_uri: Uri = None,
+    experiment: Experiment = None,
+    run_name: RunName = None,
+    no_tracking: NoTracking = False,
+    debug: Debug = False,
+) -> None:
+    """Search the knobs of a problem with Optuna; each trial trains its hyperparameters by gradient.
+
+    Example: `hyperopt-implicit search train.py --backend cg --trials 30 --study decay`
+    """
+    spec = get_backend(backend, **_pairs(option, "--option"))
+    _check_device(device)
+    builder = find_problem(load_file(file), problem)
+    if isinstance(builder, BilevelProblem):
+        raise CommandError(
+            "a search needs a function with @knob declarations; this file defines a finished problem. Use 'run'."
+        )
+    if device is not None:
+        builder = _on_device(builder, device)
+
+    def report(number: int, knobs: dict[str, Any], state: str, value: float | None) -> None:
+        shown = "  ".join(f"{name}={_number(each)}" for name, each in knobs.items())
+        out.print(
+            f"trial {number:>3}  {state:<9} {'' if value is None else f'{value:.6g}':<12} {shown}",
+            highlight=False,
+        )
+
+    found = search(
+        builder,
+        spec,
+        n_trials=trials,
+        study_name=study,
+        storage=storage,
+        seed=seed,
+        on_trial=report,
+        tracking=not no_tracking and Tracking(tracking_uri, experiment, run_name),
+        outer_steps=outer_steps,
+        inner_steps=inner_steps,
+        warmup_steps=warmup_steps,
+        outer_lr=outer_lr,
+        clip=clip,
+        hessian_batches=hessian_batches,
+        patience=patience,
+    )
+    knobs = ", ".join(f"{name} = {_number(value)}" for name, value in found.best_knobs.items())
+    out.print(
+        f"best of {len(found.study.trials)} trials: number {found.best_trial}, validation loss {found.best_validation_loss:.6g}, {knobs}"
+    )
+    out.print(f"continue it with --study {found.study.study_name} and a larger --trials", soft_wrap=True, highlight=False)
+    _print_link(found.run_link, tracking_uri)
+
+
+@app.command()
+def backends(
+    name: Annotated[str | None, typer.Argument(help="Show this one in full.")] = None,
+    debug: Debug = False,
+) -> None:
+    """List the hypergradient backends that are installed, with their options."""
+    if name is not None:
+        chosen = get_backend_class(name)
+        out.print(f"[bold]{name}[/bold]  ({chosen.__module__}.{chosen.__qualname__})\n")
+        out.print(escape(inspect.cleandoc(chosen.__doc__ or "")), highlight=False)
+        out.print()
+    table = Table(box=None, pad_edge=False)
+    for column in ("backend", "option", "default", "what"):
+        table.add_column(column, overflow="fold")
+    for each in [name] if name is not None else list_backends():
+        chosen = get_backend_class(each)
+        table.add_row(f"[bold]{each}[/bold]", "", "", escape(inspect.cleandoc(chosen.__doc__ or "").splitlines()[0]))
+        for option in options_of(chosen):
+            default = "" if option.default is dataclasses.MISSING else repr(option.default)
+            table.add_row("", option.name, escape(default), escape(_description(chosen, option.name)))
+    out.print(table)
+
+
+@app.command()
+def ui(
+    tracking_uri: Uri = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 5000,
+    debug: Debug = False,
+) -> None:
+    """Open MLflow's UI on the store that runs are logged to, and print the link to its model-training view."""
+    uri = Tracking(uri=tracking_uri).resolved_uri
+    if uri.startswith("http"):
+        out.print(
+            f"Runs are on a server already: {without_password(uri).rstrip('/')}/{MODEL_TRAINING_VIEW}",
+            soft_wrap=True,
+        )
+        return
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        raise CommandError(f"there is no store at {uri} yet; log a run first, or name another with --tracking-uri.")
+    out.print(
+        f"Runs: http://{host}:{port}/{MODEL_TRAINING_VIEW}  (takes some seconds to start; Ctrl-C stops it)",
+        soft_wrap=True,
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        uri,
+        "--host",
+        host,
+        "--port",
+        str(port),
+    ]
+    try:
+        code = subprocess.call(command)
+    except KeyboardInterrupt:
+        return
+    if code != 0:
+        raise CommandError(f"MLflow's UI ended with code {code}; is port {port} taken? Choose another with --port.")
+
+
+def main() -> None:
+    """Entry point: errors of this library are one paragraph and exit code 1, unless --debug."""
+    warnings.showwarning = _show_warning
+    try:
+        app()
+    except HyperoptError as error:
+        if "--debug" in sys.argv:
+            raise
+        err.print(f"[bold red]Error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=False)
+        sys.exit(1)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
+    label = "Warning" if issubclass(category, HyperoptWarning) else category.__name__
+    err.print(f"[yellow]{label}:[/yellow] {escape(str(message))}", highlight=False)
+
+
+def _pairs(items: list[str] | None, flag: str) -> dict[str, Any]:
+    pairs = {}
+    for item in items or []:
+        name, equals, value = item.partition("=")
+        if not equals or not name:
+            raise CommandError(f"{flag} takes NAME=VALUE; got {item!r}.")
+        pairs[name.strip()] = _literal(value.strip())
+    return pairs
+
+
+def _literal(text: str) -> Any:
+    """A number, True, None … where the text reads as one, else the text; nothing is evaluated."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _check_device(device: str | None) -> None:
+    if device is None:
+        return
+    try:
+        torch.empty((), device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CommandError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def _on_device(builder: Any, device: str) -> Any:
+    from hyperopt_implicit.knobs import knobs_of
+
+    def moved(**knobs: Any) -> BilevelProblem:
+        return build(builder, knobs).to(device)
+
+    moved.__knobs__ = knobs_of(builder)  # type: ignore[attr-defined]
+    return moved
+
+
+def _description(backend: Any, option: str) -> str:
+    from typing import get_type_hints
+
+    metadata = getattr(get_type_hints(backend, include_extras=True)[option], "__metadata__", ())
+    return next((each.description for each in metadata if getattr(each, "description", None)), "")
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _print_result(result: Result, start: dict[str, float]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for column in ("hyperparameter", "start", "best", "last"):
+        table.add_column(column, justify="left" if column == "hyperparameter" else "right")
+    best, last = summarise(result.best_hyperparameters), summarise(result.hyperparameters)
+    for name, value in start.items():
+        table.add_row(name, f"{value:.4g}", f"{best[name]:.4g}", f"{last[name]:.4g}")
+    out.print(table)
+    steps = len(result.history)
+    where = "" if result.best_step is None else f" at outer step {result.best_step}"
+    out.print(
+        f"\nvalidation loss: best {result.best_validation_loss:.6g}{where}, last {result.validation_loss:.6g}; {steps} outer steps in "
+        f"{result.seconds:.1f} s ({result.stop_reason})",
+        highlight=False,
+    )
+
+
+def _print_link(link: str | None, uri: str | None) -> None:
+    if link is None:
+        return
+    flag = f" --tracking-uri {uri}" if uri is not None else ""
+    served = link.startswith("http://127.0.0.1:5000")
+    prefix = f"MLflow: 'hyperopt-implicit ui{flag}', then " if served else "MLflow: "
+    out.print(f"{prefix}{link}", soft_wrap=True, highlight=False)
