@@ -192,7 +192,9 @@ def search_command(
     out.print(
         f"best of {len(found.study.trials)} trials: number {found.best_trial}, validation loss {found.best_validation_loss:.6g}, {knobs}"
     )
-    out.print(f"continue it with --study {found.study.study_name} and a larger --trials", soft_wrap=True, highlight=False)
+    out.print(
+        f"continue it with --study {found.study.study_name} and a larger --trials", soft_wrap=True, highlight=False
+    )
     _print_link(found.run_link, tracking_uri)
 
 

@@ -2,7 +2,8 @@
 
 A declaration says what a hyperparameter starts from and what values it may take. The values themselves live in one
 :class:`Hyperparameters` module per problem, unconstrained, so that any ``torch.optim`` optimizer can move them; the
-map to the constrained side is ``torch.distributions.biject_to``. Knobs without a gradient live in ``knobs.py``.
+map to the constrained side is ``torch.distributions.biject_to``, or ``transform_to`` where torch has no bijection. Knobs
+without a gradient live in ``knobs.py``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import biject_to, constraints
+from torch.distributions import biject_to, constraints, transform_to
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import Transform
 
@@ -39,7 +40,10 @@ class Declaration:
     @property
     def transform(self) -> Transform:
         """The map from unconstrained to constrained values."""
-        return cast(Transform, biject_to(self.constraint))
+        try:
+            return cast(Transform, biject_to(self.constraint))
+        except NotImplementedError:  # lower_cholesky, positive_definite: the map ignores the upper triangle
+            return cast(Transform, transform_to(self.constraint))
 
     def initial_value(self, model: nn.Module) -> Value:
         """The constrained start: a tensor in the model's dtype on the model's device, or a fresh copy of a module."""
@@ -51,13 +55,16 @@ class Declaration:
             self._check_module(init)
             return copy.deepcopy(init).to(device=like.device, dtype=like.dtype)
         try:
-            value = torch.as_tensor(init).detach().to(device=like.device, dtype=like.dtype).clone()
+            given = torch.as_tensor(init).detach()
+            given = given if given.is_floating_point() else given.to(torch.get_default_dtype())
         except (TypeError, ValueError, RuntimeError) as error:
             raise DeclarationError(
                 f"hyperparameter {self.name!r}: init must be a number, a tensor, an nn.Module or a callable of the "
                 f"model that returns one of them; got {type(init).__name__}."
             ) from error
-        return self._checked(value)
+        value = given.to(device=like.device, dtype=like.dtype, copy=True)
+        self._check(given, value)
+        return value
 
     def _check_module(self, module: nn.Module) -> None:
         if self.constraint is not constraints.real:
@@ -71,22 +78,31 @@ class Declaration:
                 f"nothing to tune; unfreeze one or drop the declaration."
             )
 
-    def _checked(self, value: Tensor) -> Tensor:
+    def _check(self, given: Tensor, value: Tensor) -> None:
+        """Refuse a start outside the constraint, as it was given: rounded to the model's dtype it may miss it by a hair."""
         rule = f"hyperparameter {self.name!r}: the initial value must lie strictly inside {self.constraint}"
         shown = value.flatten()[:5].tolist()
         try:
-            inside = bool(self.constraint.check(value).all())
+            inside = bool(self.constraint.check(given).all())
             raw = self.transform.inv(value) if inside else value
-        except (RuntimeError, ValueError, IndexError) as error:
+        except (RuntimeError, ValueError, IndexError, AssertionError) as error:
             raise DeclarationError(f"{rule}; shape {tuple(value.shape)} does not fit it ({error}).") from error
         if not inside:
             raise DeclarationError(f"{rule}; got {shown}. Move the start inside, or change the constraint.")
-        if not bool(torch.isfinite(raw).all()):
+        if _on_edge(value, self.constraint) or not bool(torch.isfinite(raw).all()):
             raise DeclarationError(
                 f"{rule}; got {shown}, which is on its edge: no finite unconstrained value maps there, and gradient "
                 f"descent could never leave it. Start a little inside."
             )
-        return value
+
+
+def _on_edge(value: Tensor, constraint: Constraint) -> bool:
+    """Whether an element sits on a closed bound, where torch's sigmoid and stick-breaking maps clamp to a finite number."""
+    base = getattr(constraint, "base_constraint", constraint)
+    bounds = [getattr(base, side, None) for side in ("lower_bound", "upper_bound")]
+    if base is constraints.simplex:
+        bounds.append(0.0)
+    return any(bool((value == bound).any()) for bound in bounds if bound is not None)
 
 
 def hyperparameter(
@@ -106,7 +122,7 @@ def hyperparameter(
         init: where it starts: a number, a tensor of any shape, an ``nn.Module`` (an auxiliary network is a
             hyperparameter like any other), or a callable ``init(model)`` that returns one of them, for shapes that
             follow the model. Numbers and tensors take the model's dtype and device.
-        constraint: any object of ``torch.distributions.constraints`` for which ``biject_to`` has a map
+        constraint: any object of ``torch.distributions.constraints`` for which ``biject_to`` or ``transform_to`` has a map
             (``positive``, ``interval(0, 1)``, ``simplex``, ``lower_cholesky``, …).
         target: ``"loss"``, or ``"optimizer"`` for a hyperparameter of the inner optimizer. Only backends that
             differentiate through the training steps can see the latter.
@@ -160,20 +176,22 @@ def hyperparameter(
 def _declaration(name: str, init: Initial, constraint: Constraint, target: Target) -> Declaration:
     if not isinstance(name, str) or not name.isidentifier():
         raise DeclarationError(f"a hyperparameter's name must be a Python identifier; got {name!r}.")
-    if hasattr(nn.Module(), name):
+    if hasattr(Hyperparameters((), nn.Module()), name):
         raise DeclarationError(
-            f"{name!r} is a name of torch.nn.Module and cannot name a hyperparameter; choose another."
+            f"a hyperparameter's name must not be an attribute of the torch.nn.Module that holds it; {name!r} is one. "
+            f"Choose another."
         )
     if target not in get_args(Target):
         raise DeclarationError(f"hyperparameter {name!r}: target must be 'loss' or 'optimizer'; got {target!r}.")
+    declaration = Declaration(name, init, constraint, target)
     try:
-        biject_to(constraint)
+        _ = declaration.transform
     except (NotImplementedError, TypeError, AttributeError) as error:
         raise DeclarationError(
-            f"hyperparameter {name!r}: constraint must be an object of torch.distributions.constraints that biject_to "
-            f"can map from unconstrained values (positive, interval(0, 1), simplex, …); got {constraint!r}."
+            f"hyperparameter {name!r}: constraint must be an object of torch.distributions.constraints with a map from "
+            f"unconstrained values (positive, interval(0, 1), simplex, …); got {constraint!r}."
         ) from error
-    return Declaration(name, init, constraint, target)
+    return declaration
 
 
 def declarations_of(function: Callable[..., Any]) -> tuple[Declaration, ...]:

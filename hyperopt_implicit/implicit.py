@@ -14,7 +14,7 @@ import torch
 
 from hyperopt_implicit.backend import Backend, Hypergradient, State, Status
 from hyperopt_implicit.operators import Hessian, LinearOperator, validation_gradients
-from hyperopt_implicit.vectors import Params, add_, is_finite, norm, scale_
+from hyperopt_implicit.vectors import Params, add, is_finite, norm
 
 if TYPE_CHECKING:
     from hyperopt_implicit.problem import BilevelProblem
@@ -48,7 +48,7 @@ class ImplicitBackend(Backend):
 
     @abstractmethod
     def solve(self, hessian: LinearOperator, vector: Params, state: State, /) -> Solution:
-        """Solve H u = v, multiplying by H only. ``vector`` must not be changed."""
+        """Solve H u = v, multiplying by H only; neither ``vector`` nor a product may be changed in place."""
 
     def hypergradient(
         self,
@@ -69,7 +69,7 @@ class ImplicitBackend(Backend):
                 solution = self.solve(hessian, vector, state)
             status, iterations, residual = solution.status, solution.iterations, solution.residual
             state = solution.state
-            gradients = add_(scale_(hessian.mixed(solution.value), -1.0), direct)
+            gradients = add(direct, hessian.mixed(solution.value), -1.0)
         return Hypergradient(
             gradients=gradients,
             status=status if is_finite(gradients) else Status.NON_FINITE,

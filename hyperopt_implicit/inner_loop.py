@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_implicit.operators import twice_differentiable
-from hyperopt_implicit.optimizers import Slots, apply_update, initial_slots, optimizer_state, update_rule
+from hyperopt_implicit.optimizers import Slots, apply_update, existing_slots, optimizer_state, update_rule
 from hyperopt_implicit.problem import BilevelProblem, InnerState
 from hyperopt_implicit.vectors import Params, is_finite
 
@@ -64,7 +64,6 @@ class Trajectory:
         self._batches = batches
         self._hparams = {name: p.detach() for name, p in problem.hparams.items()}
         self._groups = _groups(problem)
-        self._fresh = not any(problem.optimizer.state.get(p) for p in problem.params.values())
         kept_from = 0 if keep is None else max(len(batches) - keep, 0)
         self._first_kept = kept_from
         self._iterates: list[_Iterate] = []
@@ -130,7 +129,7 @@ class Trajectory:
         problem = self._problem
         state = problem.inner_state()
         slots = {
-            name: initial_slots(self._rule, group, state.params[name], state.optimizer[name])
+            name: existing_slots(self._rule, group, state.optimizer[name])
             for group, names in self._groups
             for name in names
         }
@@ -150,14 +149,14 @@ class Trajectory:
         with torch.enable_grad(), twice_differentiable():
             leaves = params if graph else {name: p.detach().requires_grad_() for name, p in params.items()}
             loss = self._problem.functional_training_loss(leaves, hparams, batch, buffers)
-            grads = torch.autograd.grad(
-                loss, list(leaves.values()), create_graph=graph, allow_unused=True, materialize_grads=True
-            )
-        gradient = dict(zip(leaves, grads, strict=True))
+            grads = torch.autograd.grad(loss, list(leaves.values()), create_graph=graph, allow_unused=True)
+        # like torch.optim, an update leaves a parameter without a gradient alone: no decay, no momentum, no state
+        gradient = {name: g for name, g in zip(leaves, grads, strict=True) if g is not None}
         with torch.set_grad_enabled(graph):
             tuned = self._tuned_options(hparams)
             new_params, new_slots = dict(params), dict(slots)
-            for group, names in self._groups:
+            for group, held in self._groups:
+                names = [name for name in held if name in gradient]
                 moved, state = apply_update(
                     self._rule,
                     group,
@@ -165,7 +164,6 @@ class Trajectory:
                     [params[name] for name in names],
                     [gradient[name] for name in names],
                     [slots[name] for name in names],
-                    first=self._fresh and t == 0,
                 )
                 new_params.update(zip(names, moved, strict=True))
                 new_slots.update(zip(names, state, strict=True))

@@ -34,7 +34,8 @@ class LinearOperator(ABC):
     products: int = 0
 
     @abstractmethod
-    def __matmul__(self, vector: Params) -> Params: ...
+    def __matmul__(self, vector: Params) -> Params:
+        """The product, not to be changed in place: two of its tensors may be the same memory."""
 
 
 @contextmanager
@@ -63,7 +64,7 @@ class Hessian(LinearOperator):
     def __init__(self, problem: BilevelProblem, training_batches: Sequence[Any]) -> None:
         self._params = {name: p.detach().requires_grad_() for name, p in problem.params.items()}
         self._hparams = {name: p.detach().requires_grad_() for name, p in problem.hparams.items()}
-        with twice_differentiable():
+        with torch.enable_grad(), twice_differentiable():  # the caller may be inside torch.no_grad()
             losses = [
                 problem.functional_training_loss(self._params, self._hparams, batch) for batch in training_batches
             ]
@@ -101,12 +102,16 @@ class Hessian(LinearOperator):
 def validation_gradients(
     problem: BilevelProblem, validation_batch: Any, at: Params | None = None, buffers: Params | None = None
 ) -> tuple[float, Params, Params]:
-    """F, v = ∂F/∂w and the direct term ∂F/∂λ, at the weights ``at`` or else the model's present ones."""
+    """F, v = ∂F/∂w and the direct term ∂F/∂λ, at the weights ``at`` or else the model's present ones.
+
+    Autograd may hand out one tensor for two inputs that only enter as a sum, so none of them may be changed in place.
+    """
     params = {name: p.detach().requires_grad_() for name, p in (problem.params if at is None else at).items()}
     hparams = {name: p.detach().requires_grad_() for name, p in problem.hparams.items()}
-    loss = problem.functional_validation_loss(params, hparams, validation_batch, buffers)
     inputs = {("w", name): p for name, p in params.items()} | {("λ", name): p for name, p in hparams.items()}
-    gradients = _gradients(loss, inputs, create_graph=False)
+    with torch.enable_grad():
+        loss = problem.functional_validation_loss(params, hparams, validation_batch, buffers)
+        gradients = _gradients(loss, inputs, create_graph=False)
     return (
         float(loss.detach()),
         {name: gradients["w", name] for name in params},

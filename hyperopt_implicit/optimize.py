@@ -10,7 +10,7 @@ import math
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -122,7 +122,7 @@ def optimize(
         "max_failures": max_failures,
         "seed": seed,
     }
-    _check_counts(options)
+    check_options(options)
     lr = {"lr": outer_lr} if isinstance(outer_optimizer, type) else {}
     outer = HyperOptimizer(problem, outer_optimizer, backend=backend, clip=clip, on_failure=on_failure, **lr)
     described = {**options, "outer_optimizer": type(outer.optimizer).__name__}
@@ -342,16 +342,22 @@ def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _check_counts(options: dict[str, Any]) -> None:
-    for name, least in (
-        ("outer_steps", 1), ("inner_steps", 1), ("warmup_steps", 0), ("hessian_batches", 1), ("max_failures", 1), ("patience", 1),
-    ):  # fmt: skip
-        value = options[name]
-        if value is None and name == "patience":
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise HyperoptError(f"{name} must be a whole number of at least {least}; got {value!r}.")
-    if options["min_delta"] < 0:
-        raise HyperoptError(f"min_delta must be at least 0; got {options['min_delta']!r}.")
-    if not options["outer_lr"] > 0:
-        raise HyperoptError(f"outer_lr must be positive; got {options['outer_lr']!r}.")
+_LEAST = {"outer_steps": 1, "inner_steps": 1, "warmup_steps": 0, "hessian_batches": 1, "max_failures": 1, "patience": 1}
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse counts and rates with which :func:`optimize` cannot run; looks only at those that are given.
+
+    Raises:
+        HyperoptError: with the option, what it must be and what it is.
+    """
+    for name, value in options.items():
+        if name in _LEAST and not (name == "patience" and value is None):
+            if isinstance(value, bool) or not isinstance(value, int) or value < _LEAST[name]:
+                raise HyperoptError(f"{name} must be a whole number of at least {_LEAST[name]}; got {value!r}.")
+        elif name == "min_delta" and not (isinstance(value, int | float) and 0 <= value < math.inf):
+            raise HyperoptError(f"min_delta must be a number of at least 0; got {value!r}.")
+        elif name == "outer_lr" and not (isinstance(value, int | float) and 0 < value < math.inf):
+            raise HyperoptError(f"outer_lr must be a positive number; got {value!r}.")
+        elif name == "seed" and not (value is None or isinstance(value, int)):
+            raise HyperoptError(f"seed must be a whole number, or None; got {value!r}.")

@@ -158,27 +158,34 @@ def check_tunable(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> Non
                 )
 
 
-def initial_slots(rule: UpdateRule, group: Group, param: Tensor, existing: dict[str, Any]) -> Slots:
-    """The optimizer's state of one parameter as tensors: what it has, or what its first step would create."""
-    slots: Slots = {}
-    for key in rule.slots(group):
-        value = existing.get(key)
-        if value is not None:
-            slots[key] = value.detach().clone()
-        elif key == "mu_product":
-            slots[key] = torch.ones((), dtype=torch.float64)
-        else:
-            slots[key] = torch.full_like(param, rule.initial(group, key)).detach()
-    if rule.steps:
-        # in float64: torch's differentiable form takes the bias corrections from this tensor, not from a Python number
-        slots["step"] = torch.tensor(float(existing.get("step", 0.0)), dtype=torch.float64)
+def existing_slots(rule: UpdateRule, group: Group, state: dict[str, Any]) -> Slots:
+    """What torch.optim keeps for one parameter as tensors; empty where it has not been updated yet."""
+    slots = {key: state[key].detach().clone() for key in rule.slots(group) if state.get(key) is not None}
+    if rule.steps and slots:
+        slots["step"] = _scalar(float(state["step"]))
     return slots
+
+
+def _first_slots(rule: UpdateRule, group: Group, grad: Tensor) -> Slots:
+    """What the first update of a parameter starts from."""
+    if rule.function is sgd:
+        # the update makes momentum·buffer + (1 − dampening)·grad of it; the first buffer has to come out as grad
+        return {"momentum_buffer": grad * (group["dampening"] / group["momentum"])} if group["momentum"] else {}
+    start = {key: rule.initial(group, key) for key in rule.slots(group)}
+    slots = {key: _scalar(x) if key == "mu_product" else torch.full_like(grad, x).detach() for key, x in start.items()}
+    return {**slots, "step": _scalar(0.0)}
+
+
+def _scalar(value: float) -> Tensor:
+    # in float64: torch's differentiable forms take the bias corrections from this tensor, not from a Python number
+    return torch.tensor(value, dtype=torch.float64)
 
 
 def optimizer_state(slots: dict[str, Slots]) -> dict[str, dict[str, Any]]:
     """The slots of all parameters in the form in which torch.optim keeps them."""
+    dtype = torch.float64 if torch.get_default_dtype() is torch.float64 else torch.float32  # torch.optim's choice
     return {
-        name: {key: value.float() if key in ("step", "mu_product") else value for key, value in each.items()}
+        name: {key: value.to(dtype) if key in ("step", "mu_product") else value for key, value in each.items()}
         for name, each in slots.items()
     }
 
@@ -190,8 +197,6 @@ def apply_update(
     params: list[Tensor],
     grads: list[Tensor],
     slots: list[Slots],
-    *,
-    first: bool,
 ) -> tuple[list[Tensor], list[Slots]]:
     """One update of one parameter group, out of place and differentiable.
 
@@ -201,8 +206,7 @@ def apply_update(
         tuned: options that are hyperparameters, with their graph; they take precedence.
         params: the parameters before.
         grads: their gradients.
-        slots: the optimizer's state of each, as :func:`initial_slots` makes it; not changed.
-        first: whether the optimizer has never stepped (SGD then ignores dampening).
+        slots: the optimizer's state of each, empty before its first update; not changed.
 
     Returns:
         The parameters and the state after the update.
@@ -217,11 +221,10 @@ def apply_update(
         else:
             grads = [g + decay * p for g, p in zip(grads, params, strict=True)]
     moved = [p.clone() for p in params]
-    state = [{key: value.clone() for key, value in each.items()} for each in slots]
-    if first and group.get("dampening") and group["momentum"]:
-        # the update makes momentum·buffer + (1 − dampening)·grad of it; the first buffer has to come out as grad
-        for each, g in zip(state, grads, strict=True):
-            each["momentum_buffer"] = g * (group["dampening"] / group["momentum"])
+    state = [
+        {key: value.clone() for key, value in each.items()} or _first_slots(rule, group, g)
+        for each, g in zip(slots, grads, strict=True)
+    ]
     lists: dict[str, Any] = {name: [] for name in rule.lists}
     for key, argument in rule.slots(group).items():
         lists[argument] = [each[key] for each in state]

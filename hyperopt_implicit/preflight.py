@@ -1,22 +1,33 @@
 """Checks that run once, before any training: a trial of both losses, and of their second derivative where it is needed.
 
-They find what cannot be seen from signatures: losses that are no finite scalars, hyperparameters without influence, and
+They find what cannot be seen from signatures: losses that raise or are no finite scalars, hyperparameters without influence, and
 operators that cannot be differentiated twice. Nothing is changed: buffers are copies and the generators are put back.
 """
 
 from __future__ import annotations
 
 import re
+import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hyperopt_implicit.backend import Backend, backends_without_second_derivative
-from hyperopt_implicit.errors import HyperoptWarning, LossError, SecondDerivativeError
+from hyperopt_implicit.errors import (
+    HyperoptError,
+    HyperoptWarning,
+    LossError,
+    ProblemError,
+    SecondDerivativeError,
+    first_line,
+)
 from hyperopt_implicit.operators import twice_differentiable
 from hyperopt_implicit.vectors import Params
 
@@ -28,6 +39,7 @@ def preflight(problem: BilevelProblem, backend: Backend, training_batch: Any, va
     """Try both losses on one batch each, and what the backend will ask of them.
 
     Raises:
+        ProblemError: a loss raises.
         LossError: a loss is not a scalar, is not finite, or does not depend on the parameters.
         SecondDerivativeError: an operator of the training loss cannot be differentiated twice.
         BackendError: the backend cannot handle the problem.
@@ -40,9 +52,10 @@ def preflight(problem: BilevelProblem, backend: Backend, training_batch: Any, va
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         params = {name: p.detach().requires_grad_() for name, p in problem.params.items()}
         hparams = {name: p.detach().requires_grad_() for name, p in problem.hparams.items()}
-        with twice_differentiable():
+        with twice_differentiable(), _running(problem, "training_loss", training_batch):
             training = problem.functional_training_loss(params, hparams, training_batch)
-        validation = problem.functional_validation_loss(params, hparams, validation_batch)
+        with _running(problem, "validation_loss", validation_batch):
+            validation = problem.functional_validation_loss(params, hparams, validation_batch)
         for loss, role in ((training, "training_loss"), (validation, "validation_loss")):
             _check_number(loss, role)
         gradient = _check_graph(training, params)
@@ -66,6 +79,29 @@ def preflight(problem: BilevelProblem, backend: Backend, training_batch: Any, va
                 HyperoptWarning,
                 stacklevel=3,
             )
+
+
+@contextmanager
+def _running(problem: BilevelProblem, role: str, batch: Any) -> Iterator[None]:
+    """Whatever a loss raises at its first call, with the line where it happened and the shapes that met there."""
+    try:
+        yield
+    except HyperoptError:
+        raise
+    except Exception as error:
+        file = getattr(getattr(problem.loss_source(role), "__code__", None), "co_filename", "")
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        where = f" (line {lines[-1]} of {Path(file).name})" if lines else ""
+        shapes = [f"{name} of shape {_shapes(value)}" for name, value in problem.hyperparameters("loss").items()]
+        raise ProblemError(
+            f"{role} must run on the first batch; it raised {type(error).__name__}: {first_line(error)}{where}. It was given "
+            f"{', '.join([f'a batch of shape {_shapes(batch)}', *shapes])}."
+        ) from error
+
+
+def _shapes(value: Any) -> Any:
+    """The value with each tensor in it replaced by its shape, and anything else by its type's name."""
+    return pytree.tree_map(lambda x: tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__, value)
 
 
 def _check_number(loss: Tensor, role: str) -> None:

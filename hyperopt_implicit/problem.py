@@ -125,6 +125,7 @@ class BilevelProblem:
         self.hyperparameters = Hyperparameters(declarations, model)
         _check_options(self.hyperparameters, self.optimizer)
         self._bound = _Bound(model, self.hyperparameters)
+        self._has_ties = _has_ties(self._bound)
         self.sync_optimizer()
 
     # ------------------------------------------------------------------------------------------------ what it is
@@ -209,10 +210,15 @@ class BilevelProblem:
     def _call(self, role: str, params: Params, hparams: Params, batch: Any, buffers: Params | None) -> Tensor:
         swapped = {f"model.{name}": tensor for name, tensor in params.items()}
         swapped.update((f"hyperparameters.{name}", tensor) for name, tensor in hparams.items())
-        given = {f"model.{name}": tensor for name, tensor in (buffers or {}).items()}
+        buffers = {} if buffers is None else buffers
+        given = {f"model.{name}": tensor for name, tensor in buffers.items()}
         for name, buffer in self._bound.named_buffers():
             swapped[name] = given[name] if name in given else buffer.clone()
-        loss = functional_call(self._bound, swapped, (self._losses[role], self._taken[role], batch))
+        arguments = (self._losses[role], self._taken[role], batch)
+        loss = functional_call(self._bound, swapped, arguments, tie_weights=self._has_ties)
+        for name in given:  # functional_call leaves in `swapped` what a module has put in the place of a buffer
+            if swapped[name] is not given[name]:
+                buffers[name.removeprefix("model.")] = swapped[name].detach()
         return _scalar(loss, role)
 
     # --------------------------------------------------------------------------------------------- the inner state
@@ -350,6 +356,12 @@ def _trained_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) -> d
     if not params:
         raise ProblemError("the inner optimizer must hold a parameter with requires_grad=True; it holds none.")
     return params
+
+
+def _has_ties(module: nn.Module) -> bool:
+    """Whether one tensor stands under two names, which ``functional_call`` has to look for at every call."""
+    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return len({id(tensor) for _, tensor in tensors}) < len(tensors)
 
 
 def _scalar(loss: Any, role: str) -> Tensor:

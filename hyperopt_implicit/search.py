@@ -6,6 +6,7 @@ storages are Optuna's own.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import warnings
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hyperopt_implicit.backend import Backend, Spec, get_backend_class, options_of
+from hyperopt_implicit.backend import Backend, Spec, get_backend, get_backend_class, options_of
 from hyperopt_implicit.errors import (
     BackendError,
     HypergradientError,
@@ -26,7 +27,7 @@ from hyperopt_implicit.errors import (
 )
 from hyperopt_implicit.history import OuterStep, Result
 from hyperopt_implicit.knobs import knobs_of
-from hyperopt_implicit.optimize import optimize
+from hyperopt_implicit.optimize import check_options, optimize
 from hyperopt_implicit.problem import BilevelProblem
 from hyperopt_implicit.run_record import source_of, source_tags, versions
 from hyperopt_implicit.tracking import Tracker, Tracking, resolve
@@ -122,6 +123,8 @@ def search(
     """
     if not isinstance(n_trials, int) or n_trials < 1:
         raise SearchError(f"n_trials must be a whole number of at least 1; got {n_trials!r}.")
+    inspect.signature(optimize).bind(builder, **options)
+    check_options(options)
     backend_distributions, fixed_backend = _split_backend(backend)
     distributions = {**{each.name: each.distribution for each in knobs_of(builder)}, **backend_distributions}
     if not distributions:
@@ -235,9 +238,9 @@ class _Runner:
         """The builder's keywords and the backend of a trial."""
         knobs = {name: value for name, value in trial.params.items() if not _is_backend_knob(name)}
         chosen = {name: value for name, value in trial.params.items() if _is_backend_knob(name)}
-        if not chosen and not isinstance(self._fixed_backend, Mapping):
+        if not isinstance(self._fixed_backend, Mapping):
             return knobs, self._fixed_backend
-        spec = dict(self._fixed_backend) if isinstance(self._fixed_backend, Mapping) else {}
+        spec = dict(self._fixed_backend)
         for name, value in chosen.items():
             spec["name" if name == _BACKEND_KNOB else name.removeprefix(f"{_BACKEND_KNOB}.")] = value
         options = {option.name for option in options_of(get_backend_class(spec["name"]))}
@@ -290,7 +293,7 @@ def _split_backend(backend: Any) -> tuple[dict[str, BaseDistribution], Spec]:
     if isinstance(backend, BaseDistribution):
         backend = {"name": backend}
     if not isinstance(backend, Mapping) or not any(isinstance(value, BaseDistribution) for value in backend.values()):
-        return {}, backend
+        return {}, get_backend(backend)
     name = backend.get("name")
     if isinstance(name, BaseDistribution) and not isinstance(name, CategoricalDistribution):
         raise BackendError(f"a backend as a knob needs a CategoricalDistribution of names; got {name}.")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from hyperopt_implicit.errors import HyperoptWarning
+from hyperopt_implicit.errors import HyperoptWarning, first_line
 
 _CLOSE_SECONDS = 30.0
 _INTERVAL_SECONDS = 1.0
@@ -169,9 +169,3 @@ class Sender:
                 lines.append(json.dumps({kind: content}))
         self._local_copy.parent.mkdir(parents=True, exist_ok=True)
         self._local_copy.write_text("\n".join(lines) + "\n")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

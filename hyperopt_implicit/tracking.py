@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from hyperopt_implicit.errors import first_line
 from hyperopt_implicit.run_record import files_of, metrics_of, params_of, source_of, source_tags, summary_of
-from hyperopt_implicit.sender import MetricRecord, Sender, first_line
+from hyperopt_implicit.sender import MetricRecord, Sender
 
 if TYPE_CHECKING:
     from hyperopt_implicit.backend import Backend

@@ -7,6 +7,7 @@ Functions that end in an underscore change their first argument.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,14 +26,18 @@ def zeros_like(x: Params) -> Params:
 
 
 def dot(x: Params, y: Params) -> float:
-    """⟨x, y⟩ as a Python number (on a GPU this waits for the device)."""
-    products = [torch.dot(x[name].reshape(-1), y[name].reshape(-1)) for name in x]
-    return float(products[0] if len(products) == 1 else torch.stack(products).sum())
+    """⟨x, y⟩ as a Python number (on a GPU this waits for the device, once)."""
+    return math.fsum(_numbers([torch.dot(x[name].reshape(-1), y[name].reshape(-1)) for name in x]))
 
 
 def norm(x: Params) -> float:
     """‖x‖₂ as a Python number."""
-    return math.sqrt(dot(x, x))
+    return math.hypot(*_numbers(torch._foreach_norm(list(x.values()))))
+
+
+def add(x: Params, y: Params, scale: float = 1.0) -> Params:
+    """x + scale·y."""
+    return dict(zip(x, torch._foreach_add(list(x.values()), list(y.values()), alpha=scale), strict=True))
 
 
 def add_(x: Params, y: Params, scale: float = 1.0) -> Params:
@@ -47,11 +52,22 @@ def scale_(x: Params, factor: float) -> Params:
     return x
 
 
+def precision(x: Params) -> float:
+    """The relative rounding error of a vector of this kind; no residual below it can be told from zero."""
+    return max(torch.finfo(tensor.dtype).eps for tensor in x.values())
+
+
 def is_finite(x: Params) -> bool:
-    """Whether no element is NaN or infinite."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in x.values())
+    """Whether no element is NaN or infinite (nor so large that its square is)."""
+    return math.isfinite(norm(x))
 
 
 def same_shapes(x: Params, y: Params) -> bool:
     """Whether both have the same names and shapes, so that one can stand in for the other."""
     return x.keys() == y.keys() and all(x[name].shape == y[name].shape for name in x)
+
+
+def _numbers(scalars: Sequence[Tensor]) -> list[float]:
+    if scalars and scalars[0].is_cuda:
+        return torch.stack(list(scalars)).tolist()
+    return [scalar.item() for scalar in scalars]

@@ -11,7 +11,9 @@ from pydantic import Field
 from hyperopt_implicit.backend import State, Status
 from hyperopt_implicit.implicit import ImplicitBackend, Solution
 from hyperopt_implicit.operators import LinearOperator
-from hyperopt_implicit.vectors import Params, add_, clone, dot, norm, same_shapes, scale_, zeros_like
+from hyperopt_implicit.vectors import Params, add, add_, clone, dot, norm, precision, same_shapes, scale_, zeros_like
+
+_NULL = 8  # curvature, in units of rounding, that cannot be told from none
 
 
 @dataclass(frozen=True)
@@ -22,9 +24,9 @@ class ConjugateGradient(ImplicitBackend):
     reaches zero after as many products as H has distinct eigenvalues. With ``warm_start`` it begins at the last
     outer step's solution, which halves the products or better once training has settled.
 
-    A direction p with ⟨p, (H + δI)p⟩ ≤ 0 ends it: the iterate reached so far is returned with status
-    ``negative curvature``. ``damping`` above the size of the most negative eigenvalue avoids that, at the price of a bias
-    that the reported residual ‖Hu − v‖/‖v‖ (without δ) includes.
+    A direction p with ⟨p, (H + δI)p⟩ < 0 ends it: the iterate reached so far is returned with status
+    ``negative curvature``, or ``singular`` where the curvature is zero to rounding. ``damping`` above the size of the most
+    negative eigenvalue avoids that, at the price of a bias that the reported residual ‖Hu − v‖/‖v‖ (without δ) includes.
 
     Cost: one product an iteration, one more for a warm start; memory for four vectors, one of them carried.
 
@@ -45,8 +47,9 @@ class ConjugateGradient(ImplicitBackend):
 
     def solve(self, hessian: LinearOperator, vector: Params, state: State, /) -> Solution:
         size = norm(vector)
-        target = self.tolerance * size
-        solution, residual = self._start(hessian, vector, state, size)
+        rounding = precision(vector)
+        target = max(self.tolerance, rounding) * size
+        solution, residual, steepest = self._start(hessian, vector, state, size)
         direction = clone(residual)
         squared = dot(residual, residual)
         status, iterations = Status.TRUNCATED, 0
@@ -56,8 +59,11 @@ class ConjugateGradient(ImplicitBackend):
             if not math.isfinite(curvature):
                 status = Status.NON_FINITE
                 break
-            if curvature <= 0.0:
-                status = Status.NEGATIVE_CURVATURE
+            quotient = curvature / dot(direction, direction)
+            steepest = max(steepest, quotient)
+            flat = _NULL * rounding * steepest
+            if quotient <= flat:  # a step along a flat direction would be made of rounding errors
+                status = Status.SINGULAR if quotient >= -flat else Status.NEGATIVE_CURVATURE
                 break
             step = squared / curvature
             add_(solution, direction, step)
@@ -72,15 +78,19 @@ class ConjugateGradient(ImplicitBackend):
         carried = {"solution": solution} if self.warm_start and status is not Status.NON_FINITE else {}
         return Solution(solution, status, iterations, norm(residual) / size, carried)
 
-    def _start(self, hessian: LinearOperator, vector: Params, state: State, size: float) -> tuple[Params, Params]:
-        """The first iterate and its residual: the last solution where it is nearer than zero."""
+    def _start(
+        self, hessian: LinearOperator, vector: Params, state: State, size: float
+    ) -> tuple[Params, Params, float]:
+        """The first iterate, its residual and a curvature seen: the last solution where it is nearer than zero."""
         last = state.get("solution") if self.warm_start else None
-        if last is not None and same_shapes(last, vector):
-            residual = add_(scale_(self._damped(hessian, last), -1.0), vector)
+        if last is not None and same_shapes(last, vector) and norm(last) > 0.0:
+            product = self._damped(hessian, last)
+            steepest = norm(product) / norm(last)
+            residual = add(vector, product, -1.0)
             if norm(residual) < size:
-                return clone(last), residual
-        return zeros_like(vector), clone(vector)
+                return clone(last), residual, steepest
+        return zeros_like(vector), clone(vector), 0.0
 
     def _damped(self, hessian: LinearOperator, direction: Params) -> Params:
         product = hessian @ direction
-        return add_(product, direction, self.damping) if self.damping else product
+        return add(product, direction, self.damping) if self.damping else product

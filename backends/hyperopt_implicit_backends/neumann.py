@@ -11,10 +11,10 @@ from pydantic import Field
 from hyperopt_implicit.backend import State, Status
 from hyperopt_implicit.implicit import ImplicitBackend, Solution
 from hyperopt_implicit.operators import LinearOperator
-from hyperopt_implicit.vectors import Params, add_, clone, dot, norm, same_shapes, scale_, zeros_like
+from hyperopt_implicit.vectors import Params, add_, clone, dot, norm, precision, same_shapes, scale_, zeros_like
 
 _COLD_POWER_ITERATIONS = 8
-_ROUNDING = 1e-6  # growth of the residual that float32 rounding alone can cause
+_ROUNDING = 1.0 + 1e-6  # growth of the residual that float32 rounding alone can cause
 
 
 @dataclass(frozen=True)
@@ -58,36 +58,54 @@ class Neumann(ImplicitBackend):
             step_size = 1.0 / largest if largest > 0.0 else 1.0
         else:
             step_size = self.step_size
-        target = self.tolerance * norm(vector)
         solution, residual = zeros_like(vector), clone(vector)
         start = size = norm(residual)
+        target = max(self.tolerance, precision(vector)) * start
         status, terms = Status.TRUNCATED, 0
         while terms < self.terms and size > target:
             product = hessian @ residual
-            curvature = dot(residual, product)
-            squared = dot(product, product)
-            if squared == 0.0:
-                # H·residual = 0: what is left lies in the null space, and no number of terms removes it
-                status = Status.SINGULAR
-                break
-            if not squared < float("inf"):
-                status = Status.NON_FINITE
-                break
-            if step_size * squared * (1.0 - _ROUNDING) > 2.0 * curvature:  # the next residual would be longer
-                if curvature <= 0.0:
-                    status = Status.NEGATIVE_CURVATURE
+            _advance(solution, residual, product, step_size)
+            length = norm(residual)
+            if not length < size:  # never so while H is positive definite and α < 2/λ_max: look before going on
+                _advance(solution, residual, product, step_size, back=True)
+                status, step_size = self._cause_of_growth(residual, product, step_size, length <= size * _ROUNDING)
+                if status is not Status.TRUNCATED:
                     break
-                if self.step_size != "auto":
-                    status = Status.DIVERGED
-                    break
-                step_size = curvature / squared
-            add_(solution, residual, step_size)
-            add_(residual, product, -step_size)
-            size = norm(residual)
+                _advance(solution, residual, product, step_size)
+                length = norm(residual)
+            del product  # or it would be held, beside the next one, while that is computed
+            size = length
             terms += 1
         if status is Status.TRUNCATED and size <= target:
             status = Status.CONVERGED
         return Solution(solution, status, terms, size / start, state)
+
+    def _cause_of_growth(
+        self, residual: Params, product: Params, step_size: float, harmless: bool
+    ) -> tuple[Status, float]:
+        """Why the next residual is not shorter, and the step size to go on with where the status is ``truncated``."""
+        curvature, squared = dot(residual, product), dot(product, product)
+        if not squared < float("inf"):
+            return Status.NON_FINITE, step_size
+        if squared == 0.0:  # what is left lies in the null space, and no number of terms removes it
+            return Status.SINGULAR, step_size
+        if harmless:
+            return Status.TRUNCATED, step_size
+        if curvature <= 0.0:
+            return Status.NEGATIVE_CURVATURE, step_size
+        if self.step_size == "auto":  # the largest eigenvalue was underestimated: shorten this residual the most
+            return Status.TRUNCATED, curvature / squared
+        return Status.DIVERGED, step_size
+
+
+def _advance(solution: Params, residual: Params, product: Params, step_size: float, *, back: bool = False) -> None:
+    """One more term, u ← u + αr and r ← r − αHr, or the last one taken back; in place, so that memory stays flat."""
+    if back:
+        add_(residual, product, step_size)
+        add_(solution, residual, -step_size)
+    else:
+        add_(solution, residual, step_size)
+        add_(residual, product, -step_size)
 
 
 def _largest_eigenvalue(hessian: LinearOperator, vector: Params, state: State) -> tuple[float, State]:
@@ -113,6 +131,6 @@ def _largest_eigenvalue(hessian: LinearOperator, vector: Params, state: State) -
             return max(eigenvalue, 0.0), {}
         eigenvalue, direction = size, product
     return eigenvalue, {
-        "eigenvector": scale_(direction, 1.0 / norm(direction)),
+        "eigenvector": scale_(clone(direction), 1.0 / norm(direction)),
         "largest_eigenvalue": eigenvalue,
     }

@@ -1,0 +1,78 @@
+"""What tests say about hypergradients, each under a name, with a message that shows both sides.
+
+They raise AssertionError themselves, so that they read well outside pytest and where asserts are not rewritten.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperopt_implicit.oracles import flatten
+from hyperopt_implicit.problem import BilevelProblem
+from hyperopt_implicit.vectors import Params
+
+
+def relative_error(actual: Params, expected: Params) -> float:
+    """‖actual − expected‖/‖expected‖ over all names, or ‖actual‖ where zero is expected."""
+    difference = float((flatten(actual) - flatten(expected)).norm())
+    size = float(flatten(expected).norm())
+    return difference / size if size > 0.0 else difference
+
+
+def assert_close(actual: Params, expected: Params, relative: float, what: str = "the hypergradient") -> None:
+    """Both have the same names and shapes, and differ by no more than ``relative`` in norm."""
+    shapes = {name: tuple(x.shape) for name, x in actual.items()}
+    wanted = {name: tuple(x.shape) for name, x in expected.items()}
+    if shapes != wanted:
+        raise AssertionError(f"{what} must have the names and shapes {wanted}; it has {shapes}")
+    error = relative_error(actual, expected)
+    if not error <= relative:
+        raise AssertionError(
+            f"{what} is off by {error:.3g}, with {relative:.3g} allowed:\n  it is      {actual}\n  instead of {expected}"
+        )
+
+
+def assert_finite(x: Params, what: str = "the hypergradient") -> None:
+    """No entry is NaN or infinite."""
+    if not bool(torch.isfinite(flatten(x)).all()):
+        raise AssertionError(f"{what} is not finite: {x}")
+
+
+@contextmanager
+def assert_unchanged(problem: BilevelProblem, *, random_state: bool = True) -> Iterator[None]:
+    """Inside, nothing that belongs to a problem changes, nor (unless told otherwise) torch's global random state."""
+    before = _everything(problem)
+    generator = torch.get_rng_state()
+    yield
+    after = _everything(problem)
+    changed = [name for name in before if not same(before[name], after.get(name))]
+    if changed or before.keys() != after.keys():
+        raise AssertionError(f"these must not change: {changed or sorted(before.keys() ^ after.keys())}")
+    if random_state and not torch.equal(generator, torch.get_rng_state()):
+        raise AssertionError("torch's global random state must not move where no loss draws from it")
+
+
+def _everything(problem: BilevelProblem) -> dict[str, Any]:
+    modules = {"model": problem.model, "hyperparameters": problem.hyperparameters}
+    found: dict[str, Any] = {"optimizer": problem.optimizer.state_dict()}
+    for label, module in modules.items():
+        found |= {f"{label}: {name}": x for name, x in module.state_dict().items()}
+        found |= {f"{label}: gradient of {name}": p.grad for name, p in module.named_parameters()}
+        found |= {f"{label}: {name} requires grad": p.requires_grad for name, p in module.named_parameters()}
+        found |= {f"{label}: mode of {name!r}": each.training for name, each in module.named_modules()}
+    return copy.deepcopy(found)
+
+
+def same(x: Any, y: Any) -> bool:
+    """Whether two nestings of dicts, lists, tensors and numbers are equal to the bit."""
+    if isinstance(x, dict):
+        return isinstance(y, dict) and x.keys() == y.keys() and all(same(x[key], y[key]) for key in x)
+    if isinstance(x, list | tuple):
+        return type(x) is type(y) and len(x) == len(y) and all(map(same, x, y))
+    return isinstance(y, Tensor) and torch.equal(x, y) if isinstance(x, Tensor) else bool(x == y)
