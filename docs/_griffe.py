@@ -1,7 +1,7 @@
 """How the house's source becomes Markdown, rewritten before mkdocstrings renders it.
 
-Sphinx roles turn into links, ``Example:`` into a section of examples, and the options of a backend, which are declared as
-``Annotated[type, Field(description=…)]``, into attributes with that type and that description.
+Sphinx roles turn into links, ``Example:`` into a section of examples, and the options of a backend, which are declared
+as ``Annotated[type, Field(description=…)]``, into attributes with that type and that description.
 """
 
 import ast
@@ -38,7 +38,8 @@ def _link(match: re.Match[str]) -> str:
 def _annotated(annotation: Any) -> tuple[Any, str | None]:
     """The type in ``Annotated[type, Field(description=…)]``, without further annotations, and the description."""
     if isinstance(annotation, griffe.ExprBinOp):
-        return griffe.ExprBinOp(_annotated(annotation.left)[0], annotation.operator, _annotated(annotation.right)[0]), None
+        left, right = _annotated(annotation.left)[0], _annotated(annotation.right)[0]
+        return griffe.ExprBinOp(left, annotation.operator, right), None
     if not isinstance(annotation, griffe.ExprSubscript) or str(annotation.left) != "Annotated":
         return annotation, None
     assert isinstance(annotation.slice, griffe.ExprTuple)

@@ -232,14 +232,14 @@ def ui(
     uri = Tracking(uri=tracking_uri).resolved_uri
     if uri.startswith("http"):
         out.print(
-            f"Runs are on a server already: {without_password(uri).rstrip('/')}/{MODEL_TRAINING_VIEW}",
+            f"Runs are on a server already: {without_password(uri).rstrip('/')}/#/experiments{MODEL_TRAINING_VIEW}",
             soft_wrap=True,
         )
         return
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         raise CommandError(f"there is no store at {uri} yet; log a run first, or name another with --tracking-uri.")
     out.print(
-        f"Runs: http://{host}:{port}/{MODEL_TRAINING_VIEW}  (takes some seconds to start; Ctrl-C stops it)",
+        f"Runs: http://{host}:{port}/#/experiments{MODEL_TRAINING_VIEW}  (takes some seconds to start; Ctrl-C stops it)",
         soft_wrap=True,
     )
     command = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -128,7 +129,7 @@ class HyperOptimizer:
         self.optimizer = optimizer(list(problem.hparams.values()), **options)
         self.state: State = {}
         self._checked = False
-        self._warned: set[Status] = set()
+        self._warned: set[str] = set()
 
     @property
     def hyperparameters(self) -> dict[str, Value]:
@@ -167,6 +168,9 @@ class HyperOptimizer:
         if not self._checked:
             self.check(training[0], validation)
         result = self.backend.hypergradient(self.problem, training, validation, self.state)
+        if not (math.isfinite(result.validation_loss) and math.isfinite(result.training_loss)):
+            # the derivative of a constant NaN is a finite zero
+            result = replace(result, status=Status.NON_FINITE)
         self.state = result.state if result.status is not Status.NON_FINITE else {}
         return result
 
@@ -190,23 +194,23 @@ class HyperOptimizer:
         self.optimizer.step()
         for p in self.problem.hparams.values():
             p.grad = None
-        moved = self._keep_finite(before)
+        moved = self._keep_inside(before)
         self.problem.sync_optimizer()
         return moved
 
     @torch.no_grad()
-    def _keep_finite(self, before: list[Tensor]) -> bool:
+    def _keep_inside(self, before: list[Tensor]) -> bool:
         """Put the hyperparameters back where a step left the numbers or the inside of a constraint."""
-        values = [v for v in self.problem.hyperparameters().values() if isinstance(v, Tensor)]
-        if is_finite(self.problem.hparams) and all(bool(torch.isfinite(v).all()) for v in values):
+        if self.problem.hyperparameters.is_inside():
             return True
         for p, old in zip(self.problem.hparams.values(), before, strict=True):
             p.copy_(old)
-        if self.on_failure == "raise":
-            raise HypergradientError(
-                "an outer step moved a hyperparameter to a value that is not finite; it was put back. Lower the outer learning "
-                "rate, or set clip."
-            )
+        self._complain(
+            "outer step",
+            "the outer step moved a hyperparameter out of the numbers, or onto the edge of its constraint. Lower the outer "
+            "learning rate, or set clip.",
+            "It was put back",
+        )
         return False
 
     def _report(self, result: Hypergradient) -> None:
@@ -215,21 +219,20 @@ class HyperOptimizer:
             if result.residual is None or math.isnan(result.residual)
             else f" (relative residual {result.residual:.2g})"
         )
-        text = f"hypergradient: {result.status.value} after {result.iterations} iterations{residual}. {result.status.remedy}"
+        used = self.on_failure == "warn" and result.status is not Status.NON_FINITE
+        self._complain(
+            result.status,
+            f"hypergradient: {result.status.value} after {result.iterations} iterations{residual}. {result.status.remedy}",
+            "It was used" if used else "It was not applied",
+        )
+
+    def _complain(self, kind: str, text: str, done: str) -> None:
+        """Raise, or warn once for each kind."""
         if self.on_failure == "raise":
             raise HypergradientError(text)
-        if result.status not in self._warned:
-            self._warned.add(result.status)
-            done = (
-                "was used"
-                if self.on_failure == "warn" and result.status is not Status.NON_FINITE
-                else "was not applied"
-            )
-            warnings.warn(
-                f"{text} It {done}; the next ones of this kind are only counted.",
-                HyperoptWarning,
-                stacklevel=3,
-            )
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(f"{text} {done}; the next ones of this kind are only counted.", HyperoptWarning, stacklevel=4)
 
     def state_dict(self) -> dict[str, Any]:
         """Hyperparameters, outer optimizer and the backend's carried state."""

@@ -263,3 +263,10 @@ class Hyperparameters(nn.Module):
             name: copy.deepcopy(value) if isinstance(value, nn.Module) else value.detach().clone()
             for name, value in self().items()
         }
+
+    @torch.no_grad()
+    def is_inside(self) -> bool:
+        """Whether all values are finite, and none was rounded onto the edge of its constraint, where it could never move."""
+        values = [transform(getattr(self, name)) for name, transform in self._transforms.items()]
+        back = [transform.inv(value) for value, transform in zip(values, self._transforms.values(), strict=True)]
+        return all(bool(torch.isfinite(x).all()) for x in [*self.parameters(), *values, *back])

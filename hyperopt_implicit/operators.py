@@ -7,13 +7,14 @@ The Hessian is never formed here. Its products run backward through the stored g
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from hyperopt_implicit.vectors import Params
 
@@ -40,9 +41,22 @@ class LinearOperator(ABC):
 
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
-    """Inside, operators that have a twice differentiable form use it (attention without the fused kernels)."""
-    with sdpa_kernel(SDPBackend.MATH):
+    """Inside, operators that have a twice differentiable form use it: attention without the fused kernels, weight_norm."""
+    with sdpa_kernel(SDPBackend.MATH), _UnfusedWeightNorm():
         yield
+
+
+class _UnfusedWeightNorm(TorchFunctionMode):
+    """``torch._weight_norm`` as g·v/‖v‖: its own second derivative is wrong, and silently so (torch 2.13)."""
+
+    def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch._weight_norm:
+            return _weight_norm(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 class Hessian(LinearOperator):

@@ -74,10 +74,12 @@ def optimize(
         hessian_batches: training batches over which an implicit backend averages the Hessian.
         restart: start training anew, from the initial weights and optimizer state, before each outer step. A learning rate is
             best tuned this way.
-        inner_scheduler: makes a learning-rate scheduler from the inner optimizer; it advances once an outer step.
+        inner_scheduler: makes a learning-rate scheduler from the inner optimizer; it advances once an outer step. One that
+            watches a loss (``ReduceLROnPlateau``) is given the validation loss.
         outer_scheduler: the same for the outer optimizer.
-        patience: stop after so many outer steps without a lower validation loss; None never stops early.
-        min_delta: how much lower it must be to count.
+        patience: stop after so many outer steps without a lower validation loss, beyond the pass through the validation data
+            over which that is averaged; None never stops early.
+        min_delta: how much lower it must be for ``patience`` to count it; the best is the lowest, by however little.
         on_failure: what to do when the backend reports a failure: ``"warn"`` once a kind and use what was returned, ``"skip"`` the
             step, or ``"raise"``. What is not finite is never applied.
         max_failures: stop after so many outer steps in a row in which nothing could be applied because a loss or a
@@ -147,7 +149,7 @@ def optimize(
         run = _Run(loop, patience=patience, min_delta=min_delta, max_failures=max_failures, callbacks=list(callbacks))
         try:
             with ProgressBar(outer_steps, progress) as bar:
-                loop.warm_up(warmup_steps)
+                run.warm_up(warmup_steps)
                 for step in range(outer_steps):
                     run.advance(step)
                     tracker.log_step(run.history[-1])
@@ -205,11 +207,18 @@ class _Loop:
     def move(self, hypergradient: Hypergradient) -> bool:
         if hypergradient.endpoint is not None and hypergradient.status is not Status.NON_FINITE:
             self.problem.load_inner_state(hypergradient.endpoint)
-        applied = self.outer.apply(hypergradient)
-        for scheduler in self.schedulers:
-            scheduler.step()
+        return self.outer.apply(hypergradient)
+
+    def advance_schedules(self, validation_loss: float) -> None:
+        with warnings.catch_warnings():
+            # torch misses the optimizer.step() of an outer step that was skipped, and those that an unrolled backend takes
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+            for scheduler in self.schedulers:
+                if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+                    scheduler.step(validation_loss)
+                else:
+                    scheduler.step()
         self.problem.sync_optimizer()
-        return applied
 
     def _detached_values(self) -> dict[str, Value]:
         with torch.no_grad():
@@ -236,9 +245,15 @@ class _Run:
         self._best = math.inf
         self._best_step: int | None = None
         self._best_values = problem.hyperparameters.values()
+        self._mark, self._mark_step = math.inf, -1  # what patience counts from: the last loss lower by min_delta
         self._failures_in_a_row = 0
         self._failed = 0
         self._good: InnerState = problem.inner_state()
+
+    def warm_up(self, steps: int) -> None:
+        self.loop.warm_up(steps)
+        if is_finite(self.loop.problem.params):
+            self._good = self.loop.problem.inner_state()
 
     def advance(self, step: int) -> None:
         """One outer step, recorded."""
@@ -251,8 +266,12 @@ class _Run:
         shown = summarise(values)
         result = self.loop.differentiate()
         finite = [loss for loss in losses if math.isfinite(loss)]
+        lost = result.status is Status.NON_FINITE or not is_finite(problem.params)
+        if lost:
+            problem.load_inner_state(self._good)
         self._judge(step, result)
         applied = self.loop.move(result)
+        self.loop.advance_schedules(self._mean())
         ended = time.perf_counter()
         self.seconds += ended - started
         record = OuterStep(
@@ -272,7 +291,7 @@ class _Run:
             hyperparameters=shown,
         )
         self.history.append(record)
-        self._count(applied, record)
+        self._count(lost, record)
         self._decide(step, record)
 
     def _mean(self) -> float:
@@ -283,22 +302,22 @@ class _Run:
         if not math.isfinite(result.validation_loss):
             return
         self._sweep.append(result.validation_loss)
-        full = len(self._sweep) == self._sweep.maxlen
-        if full and self._mean() < self._best - self.min_delta:
+        if len(self._sweep) < (self._sweep.maxlen or 1):
+            return
+        if self._mean() < self._best:
             self._best, self._best_step = self._mean(), step
             self._best_values = self.loop.problem.hyperparameters.values()
+        if self._mean() < self._mark - self.min_delta:
+            self._mark, self._mark_step = self._mean(), step
 
-    def _count(self, applied: bool, record: OuterStep) -> None:
-        """Count steps in which nothing finite came out, and put the model back to the last good state after each."""
-        problem = self.loop.problem
-        lost = record.status is Status.NON_FINITE or not is_finite(problem.params)
-        self._failed += not applied
+    def _count(self, lost: bool, record: OuterStep) -> None:
+        """Count steps in which nothing finite came out, and stop after too many; else this is the last good state."""
+        self._failed += not record.applied
         if not lost:
             self._failures_in_a_row = 0
-            self._good = problem.inner_state()
+            self._good = self.loop.problem.inner_state()
             return
         self._failures_in_a_row += 1
-        problem.load_inner_state(self._good)
         if self._failures_in_a_row >= self.max_failures:
             self.stop_reason = "too many failed steps"
             warnings.warn(
@@ -309,8 +328,8 @@ class _Run:
             )
 
     def _decide(self, step: int, record: OuterStep) -> None:
-        reference = -1 if self._best_step is None else self._best_step
-        if self.patience is not None and step - reference >= self.patience + (self._sweep.maxlen or 1) - 1:
+        waited = step - self._mark_step - ((self._sweep.maxlen or 1) - 1)
+        if self.patience is not None and waited >= self.patience:
             self.stop_reason = self.stop_reason or "no improvement"
         for callback in self.callbacks:
             if callback(record, self.loop.problem):

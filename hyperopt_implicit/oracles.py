@@ -112,7 +112,6 @@ def unrolled_hypergradient(problem: BilevelProblem, training_batches: Sequence[A
     return dict(zip(hparams, grads, strict=True))
 
 
-@torch.no_grad()
 def finite_differences(function: Callable[[], float], at: Params, *, step: float = 1e-3) -> Params:
     """The gradient of a function of live tensors, which are moved one entry at a time and put back.
 

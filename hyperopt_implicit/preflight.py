@@ -109,7 +109,7 @@ def _check_number(loss: Tensor, role: str) -> None:
         raise LossError(f"{role} must return a floating-point scalar; got dtype {loss.dtype}.")
     if not bool(torch.isfinite(loss)):
         raise LossError(
-            f"{role} must be finite at the start; it is {float(loss)} on the first batch. Look for logarithms or divisions by "
+            f"{role} must be finite at the start; it is {float(loss.detach())} on the first batch. Look for logarithms or divisions by "
             f"zero, and for values outside the range that the loss expects."
         )
 

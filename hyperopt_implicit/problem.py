@@ -272,6 +272,8 @@ def write_option(group: dict[str, Any], name: str, value: Any) -> None:
     if name in ("beta1", "beta2") and "betas" in group:
         first, second = group["betas"]
         group["betas"] = (value, second) if name == "beta1" else (first, value)
+    elif isinstance(group.get(name), Tensor):  # it may be in a compiled step, which reads it from this memory
+        group[name].fill_(value)
     else:
         group[name] = value
 
@@ -282,9 +284,10 @@ def _check_options(hyperparameters: Hyperparameters, optimizer: torch.optim.Opti
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise DeclarationError(f"a hyperparameter of the optimizer must be one number; {name!r} is not.")
         for group in optimizer.param_groups:
-            options = [
-                key for key, each in group.items() if isinstance(each, float | int) and not isinstance(each, bool)
-            ]
+            numbers = (
+                key for key, x in group.items() if isinstance(x, float | int | Tensor) and not isinstance(x, bool)
+            )
+            options = list(numbers)
             options += ["beta1", "beta2"] if "betas" in group else []
             if name not in options:
                 raise DeclarationError(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from hyperopt_implicit import figures
 from hyperopt_implicit.backend import Backend, options_of
@@ -97,7 +98,7 @@ def source_tags(source: Path | None) -> dict[str, str]:
 
 
 def files_of(result: Result, folder: Path, *, save_state: bool) -> Iterator[tuple[Path, str | None]]:
-    """Write a run's files into a folder: figures, history and final states; gives each with its place among the artifacts."""
+    """Write a run's files into a folder: figures, history, values and states; gives each with its place among the artifacts."""
     if not len(result.history):
         return
     drawn = {
@@ -110,6 +111,10 @@ def files_of(result: Result, folder: Path, *, save_state: bool) -> Iterator[tupl
             yield folder / f"{name}.png", None
     result.history.to_dataframe().to_csv(folder / "history.csv", index=False)
     yield folder / "history.csv", None
+    for name, values in (("last", result.hyperparameters), ("best", result.best_hyperparameters)):
+        plain = {key: value.state_dict() if isinstance(value, nn.Module) else value for key, value in values.items()}
+        torch.save(plain, folder / f"{name}.pt")
+        yield folder / f"{name}.pt", "hyperparameters"
     if save_state:
         for name, module in (
             ("model", result.problem.model),

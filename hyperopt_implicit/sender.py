@@ -7,11 +7,14 @@ MLflow has to do with it is in ``tracking.py``.
 from __future__ import annotations
 
 import json
+import math
+import shutil
+import tempfile
 import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +27,9 @@ _ATTEMPTS = 3
 
 MetricRecord = tuple[dict[str, float], int, int]
 """Metrics by name, time in milliseconds, step."""
+
+WriteFiles = Callable[[Path], Iterable[tuple[Path, str | None]]]
+"""Writes files into the folder given, and names each with its place among the artifacts."""
 
 
 class Receiver(Protocol):
@@ -40,6 +46,12 @@ class Receiver(Protocol):
     def send_params(self, params: Mapping[str, str]) -> None:
         """Send params that never change."""
 
+    def send_tags(self, tags: Mapping[str, str]) -> None:
+        """Send tags."""
+
+    def send_file(self, path: Path, place: str | None) -> None:
+        """Send a file."""
+
     def end(self, status: str) -> None:
         """The run is over."""
 
@@ -51,7 +63,7 @@ class Sender:
         receiver: None where there is none from the start; everything is kept for the local copy then.
         failure: why there is none.
         header: the first line of the local copy.
-        local_copy: the file for what could not be sent.
+        local_copy: the file for what could not be sent; files go into a folder of the same name beside it.
     """
 
     def __init__(
@@ -77,6 +89,13 @@ class Sender:
     def put_params(self, params: Mapping[str, str]) -> None:
         self._queue.append(("params", dict(params)))
 
+    def put_tags(self, tags: Mapping[str, str]) -> None:
+        self._queue.append(("tags", dict(tags)))
+
+    def put_files(self, write: WriteFiles) -> None:
+        """Take files; they are written on the sender's thread."""
+        self._queue.append(("files", write))
+
     def put_job(self, job: Callable[[], None]) -> None:
         """Run a job on the sender's thread, after all that was put before it."""
         self._queue.append(("job", job))
@@ -90,11 +109,13 @@ class Sender:
             self._thread.join(_CLOSE_SECONDS)
         if self._thread.is_alive() and self._receiver is not None:
             self._failure = self._failure or f"{self._receiver.name} did not answer within {_CLOSE_SECONDS:.0f} seconds"
-        unsent = [*self._refused, *self._queue]
+        for kind, job in list(self._queue):
+            if kind == "job":  # it ends something that must not go on for ever, whether the receiver is there or not
+                threading.Thread(target=job, daemon=True).start()
+        unsent = [entry for entry in [*self._refused, *self._queue] if entry[0] != "job"]
         if unsent:
-            self._write_local_copy(unsent)
             self._warned = False
-            self._failure = f"{self._failure or 'sending failed'}; what was not sent is in {self._local_copy}"
+            self._failure = f"{self._failure or 'sending failed'}; {self._kept(unsent)}"
         self._warn_once()
 
     def _warn_once(self) -> None:
@@ -116,7 +137,7 @@ class Sender:
         """Send from the front of the buffer; False where the receiver is not there."""
         receiver = self._receiver
         assert receiver is not None  # the thread runs only where there is one
-        attempts = 0
+        attempts, careful = 0, False
         while self._queue:
             try:
                 receiver.check()
@@ -124,27 +145,35 @@ class Sender:
                 self._failure = f"{receiver.name} does not answer ({first_line(error)})"
                 return False
             try:
-                sent = self._send_first(receiver)
+                sent = self._send_first(receiver, alone=careful)
             except Exception as error:  # whatever a receiver raises, the training loop must not see it
                 self._failure = f"{receiver.name} does not take data ({first_line(error)})"
-                attempts += 1
+                attempts, careful = attempts + 1, True  # one at a time now, to find the entry that is refused
                 if attempts < _ATTEMPTS:
                     time.sleep(_RETRY_SECONDS)
                     continue
-                sent = 1
+                sent, careful = 1, False
                 self._refused.append(self._queue[0])  # it is there and refuses this entry: let the others pass
             attempts = 0
             for _ in range(sent):
                 self._queue.popleft()
+        if not self._refused:
+            self._failure = None
         return True
 
-    def _send_first(self, receiver: Receiver) -> int:
+    def _send_first(self, receiver: Receiver, *, alone: bool) -> int:
         """Send the entry at the front, with those behind it that go into the same call; returns how many."""
         kind, content = self._queue[0]
         if kind == "metrics":
-            return receiver.send_metrics(self._leading_metrics())
+            return receiver.send_metrics([content] if alone else self._leading_metrics())
         if kind == "params":
             receiver.send_params(content)
+        elif kind == "tags":
+            receiver.send_tags(content)
+        elif kind == "files":
+            with tempfile.TemporaryDirectory() as folder:
+                for path, place in content(Path(folder)):
+                    receiver.send_file(path, place)
         elif kind == "end":
             receiver.end(content)
         else:
@@ -159,13 +188,32 @@ class Sender:
             records.append(content)
         return records
 
+    def _kept(self, entries: list[tuple[str, Any]]) -> str:
+        """Write the local copy; says where it is, or why there is none."""
+        try:
+            self._write_local_copy(entries)
+        except Exception as error:  # a full disk must not cost the run its result either
+            return f"what was not sent could not be written to {self._local_copy} ({first_line(error)})"
+        return f"what was not sent is in {self._local_copy}"
+
     def _write_local_copy(self, entries: list[tuple[str, Any]]) -> None:
+        self._local_copy.parent.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(self._header)]
         for kind, content in entries:
             if kind == "metrics":
                 metrics, timestamp, step = content
-                lines.append(json.dumps({"step": step, "timestamp": timestamp, "metrics": metrics}))
-            elif kind != "job":
+                finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+                lines.append(json.dumps({"step": step, "timestamp": timestamp, "metrics": finite}))
+            elif kind != "files":
                 lines.append(json.dumps({kind: content}))
-        self._local_copy.parent.mkdir(parents=True, exist_ok=True)
         self._local_copy.write_text("\n".join(lines) + "\n")
+        for kind, content in entries:
+            if kind == "files":
+                self._keep_files(content)
+
+    def _keep_files(self, write: WriteFiles) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            for path, place in write(Path(folder)):
+                target = self._local_copy.with_suffix("") / (place or "")
+                target.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, target)

@@ -54,8 +54,8 @@ class BackendConformance:
     """Tests that any backend must pass; derive a class whose name pytest collects, and say what is tested.
 
     Attributes:
-        backend: the instance under test, with options that allow it the accuracy stated. The problems have up to 29
-            parameters and Hessians of condition number up to a few hundred.
+        backend: the instance under test, with options that allow it the accuracy stated. The problems have up to 13
+            parameters, and Hessians of condition number up to a hundred.
         accuracy: relative error, in norm, that its hypergradients keep to.
 
     A backend that differentiates the solution is compared with the implicit function theorem solved densely, and one that
@@ -189,7 +189,7 @@ class BackendConformance:
     def test_network_against_finite_differences(self) -> None:
         """F(w*(λ)) itself, differenced through training that converged: what a hypergradient is meant to be."""
         training, validation = regression_data(0, features=2), regression_data(1, features=2)
-        problem = network_problem(seeded(lambda: nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))), decay=0.3)
+        problem = network_problem(seeded(lambda: nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1))), decay=0.3)
         result = self.at_minimum(problem, training, validation)
 
         def minimum() -> float:
@@ -307,7 +307,7 @@ class BackendConformance:
         """Batch statistics are differentiated, and running statistics stay as they were."""
         training, validation = regression_data(0, features=2), regression_data(1, features=2)
         problem = network_problem(
-            seeded(lambda: nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Linear(3, 1))), decay=0.3
+            seeded(lambda: nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Tanh(), nn.Linear(2, 1))), decay=1.0
         )
         train_to_minimum(problem, [training])
         batches = [training] * (5 if self.through_training else 1)

@@ -10,18 +10,19 @@ import logging
 import math
 import os
 import socket
-import tempfile
-import time
+import threading
+import uuid
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from hyperopt_implicit.errors import first_line
 from hyperopt_implicit.run_record import files_of, metrics_of, params_of, source_of, source_tags, summary_of
-from hyperopt_implicit.sender import MetricRecord, Sender
+from hyperopt_implicit.sender import MetricRecord, Sender, WriteFiles
 
 if TYPE_CHECKING:
     from hyperopt_implicit.backend import Backend
@@ -29,11 +30,12 @@ if TYPE_CHECKING:
     from hyperopt_implicit.problem import BilevelProblem
 
 DEFAULT_URI = "sqlite:///mlflow.db"
-MODEL_TRAINING_VIEW = "?workflowType=machine_learning"
+MODEL_TRAINING_VIEW = "?workflowType=machine_learning"  # without it the UI opens on its GenAI pages
 _METRICS_A_CALL = 1000  # MLflow's limits
 _PARAMS_A_CALL = 100
 _PARAM_LENGTH = 6000
 _CONNECT_SECONDS = 2.0
+_START_SECONDS = 60.0  # a new database takes ten of them
 
 
 @dataclass(frozen=True)
@@ -103,16 +105,15 @@ class Tracker:
         if config is None:
             return
         self._config = config
-        self._client: Any = None
         tags = {**(tags or {}), **config.tags}
         receiver, failure = None, None
         try:
-            receiver = _MlflowRun(config, tags)
-            self.run_id, self._client = receiver.run_id, receiver.client
+            receiver = _within(_START_SECONDS, lambda: _MlflowRun(config, tags))
+            self.run_id = receiver.run_id
             self.run_link = run_link(config.resolved_uri, receiver.experiment_id, receiver.run_id)
         except Exception as error:  # tracking must not cost the run anything, whatever a server or database answers
             failure = f"{without_password(config.resolved_uri)} could not be used ({first_line(error)})"
-        name = self.run_id or f"{int(time.time())}-{os.getpid()}"
+        name = self.run_id or uuid.uuid4().hex
         header = {"run_id": self.run_id, "experiment": config.resolved_experiment, "tags": tags}
         self._sender = Sender(receiver, failure, header, Path(config.local_copy, f"{name}.jsonl"))
         self._sender.put_params({key: str(value) for key, value in {**(params or {}), **config.params}.items()})
@@ -126,20 +127,16 @@ class Tracker:
 
     def log_artifact(self, path: Path, place: str | None = None) -> None:
         """Store a file that exists until the run ends."""
-        self._submit(lambda client, run_id: client.log_artifact(run_id, str(path), place))
+        self.log_files(lambda folder: [(path, place)])
 
-    def log_files(self, write: Callable[[Path], Iterator[tuple[Path, str | None]]]) -> None:
+    def log_files(self, write: WriteFiles) -> None:
         """Have files written into a temporary folder, on the sender's thread, and store them."""
-
-        def job(client: Any, run_id: str) -> None:
-            with tempfile.TemporaryDirectory() as folder:
-                for path, place in write(Path(folder)):
-                    client.log_artifact(run_id, str(path), place)
-
-        self._submit(job)
+        if self._sender is not None:
+            self._sender.put_files(write)
 
     def set_tag(self, name: str, value: str) -> None:
-        self._submit(lambda client, run_id: client.set_tag(run_id, name, value[:_PARAM_LENGTH]))
+        if self._sender is not None:
+            self._sender.put_tags({name: value})
 
     def end(self, error: BaseException | None = None) -> None:
         """Send what is left and end the run: finished, killed by Ctrl-C, or failed."""
@@ -152,11 +149,6 @@ class Tracker:
         self._sender.close(
             "FINISHED" if error is None else "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
         )
-
-    def _submit(self, job: Callable[[Any, str], None]) -> None:
-        if self._sender is not None and self.run_id is not None:
-            client, run_id = self._client, self.run_id
-            self._sender.put_job(lambda: job(client, run_id))
 
 
 class RunTracker(Tracker):
@@ -187,6 +179,27 @@ class RunTracker(Tracker):
             self.set_tag("stop_reason", result.stop_reason)
             self.log_files(lambda folder: files_of(result, folder, save_state=self._save_state))
         self.end(error)
+
+
+T = TypeVar("T")
+
+
+def _within(seconds: float, call: Callable[[], T]) -> T:
+    """What a call returns, or TimeoutError; the call itself cannot be stopped and is left to itself."""
+    outcome: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    thread = threading.Thread(target=work, name="hyperopt-implicit-start", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome.done():
+        raise TimeoutError(f"no answer within {seconds:.0f} seconds")
+    return outcome.result()
 
 
 def resolve(tracking: Tracking | bool) -> Tracking | None:
@@ -241,6 +254,13 @@ class _MlflowRun:
         for at in range(0, len(items), _PARAMS_A_CALL):
             self.client.log_batch(self.run_id, params=items[at : at + _PARAMS_A_CALL])
 
+    def send_tags(self, tags: Mapping[str, str]) -> None:
+        for name, value in tags.items():
+            self.client.set_tag(self.run_id, name, value[:_PARAM_LENGTH])
+
+    def send_file(self, path: Path, place: str | None) -> None:
+        self.client.log_artifact(self.run_id, str(path), place)
+
     def end(self, status: str) -> None:
         self.client.set_terminated(self.run_id, status)
 
@@ -259,7 +279,7 @@ class _MlflowRun:
 def run_link(uri: str, experiment_id: str, run_id: str) -> str:
     """Where a browser shows the run: on the server itself, or on the one that ``hyperopt-implicit ui`` starts."""
     base = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
-    return f"{base}/{MODEL_TRAINING_VIEW}#/experiments/{experiment_id}/runs/{run_id}"
+    return f"{base}/#/experiments/{experiment_id}/runs/{run_id}{MODEL_TRAINING_VIEW}"
 
 
 def without_password(uri: str) -> str:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-import hyperopt_implicit as hi
 from hyperopt_implicit.testing import BackendConformance
 
-from .cases import CASES, Case
+from .cases import CASES
 
 
 class TestBackends(BackendConformance):

@@ -1,7 +1,8 @@
 """The documentation is code: every Python block of every page runs, and every command line in it parses and runs.
 
-The blocks of a page share one namespace and one empty folder. A block with ``title="FILE"`` is written to that file as well;
-a block ``text title="Output"`` must be what the Python block before it prints.
+The blocks of a page share one namespace and one empty folder. A block with ``title="FILE"`` is written to that file
+first; a block ``text title="Output"`` must be what the Python block before it prints. A page that writes a
+``pyproject.toml`` is installed, and the test classes that a page defines are run.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import doctest
 import io
 import re
 import shlex
+import subprocess
 import sys
 import textwrap
 import types
@@ -20,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import typer
+import yaml
 
 from hyperopt_implicit.cli import app
 
@@ -57,14 +59,15 @@ def blocks_of(page: Path) -> list[Block]:
 
 def commands_of(page: Path) -> list[list[str]]:
     """The arguments of every ``hyperopt-implicit`` command in the shell blocks of a page."""
-    lines = [
-        line.removeprefix("$ ")
-        for block in blocks_of(page)
-        if block.language == "bash"
-        for line in block.body.replace("\\\n", " ").splitlines()
-    ]
+    shell = [block.body.replace("\\\n", " ") for block in blocks_of(page) if block.language == "bash"]
+    lines = [shlex.split(line.removeprefix("$ "), comments=True) for body in shell for line in body.splitlines()]
+    return [words[1:] for words in lines if words[:1] == ["hyperopt-implicit"]]
+
+
+def commands_in_the_text_of(page: Path) -> list[list[str]]:
+    """The same for commands between single backticks."""
     return [
-        words[1:] for words in (shlex.split(line, comments=True) for line in lines) if words[:1] == ["hyperopt-implicit"]
+        shlex.split(found) for found in re.findall(r"`hyperopt-implicit ([^`\n]+)`", page.read_text(encoding="utf-8"))
     ]
 
 
@@ -77,39 +80,48 @@ def named(page: Path) -> str:
 
 
 PAGES_WITH_CODE = [page for page in pages() if any(block.language == "python" for block in blocks_of(page))]
-PAGES_WITH_COMMANDS = [page for page in pages() if commands_of(page)]
+PAGES_WITH_COMMANDS = [page for page in pages() if commands_of(page) or commands_in_the_text_of(page)]
 
 
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An empty working folder, no tracking server from outside, one thread, and nothing left behind."""
+    """An empty working folder, no tracking server from outside, and no module of a page left behind."""
     monkeypatch.chdir(tmp_path)
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.setenv(name, "")  # set, so that what a page sets is undone
     monkeypatch.setattr(sys, "path", [*sys.path])
-    modules = set(sys.modules)
-    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-    torch.set_num_threads(1)
-    with torch.random.fork_rng():
-        yield
-    torch.set_num_threads(threads)
-    torch.set_default_dtype(dtype)
-    for name in set(sys.modules) - modules:
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
         if str(getattr(sys.modules[name], "__file__", None)).startswith(str(tmp_path)):
             del sys.modules[name]
 
 
-def run_blocks(page: Path) -> None:
-    """Run a page from its first block to its last."""
-    module = types.ModuleType("__main__")
-    printed = ""
+def write_files(page: Path) -> None:
+    """Write the blocks that are files."""
     for block in blocks_of(page):
         if block.title is not None and block.title != _OUTPUT:
-            Path(block.title).parent.mkdir(parents=True, exist_ok=True)
             Path(block.title).write_text(block.body, encoding="utf-8")
+
+
+def install(target: Path) -> None:
+    """Install the distribution that a page writes, with its entry points, without a network."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*command, "--disable-pip-version-check", "--target", target, "."], check=True, capture_output=True)
+
+
+def run_blocks(page: Path, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """Run a page from its first block to its last, in one namespace."""
+    monkeypatch.setitem(sys.modules, "page", module := types.ModuleType("page"))
+    write_files(page)
+    if Path("pyproject.toml").exists():
+        install(Path("installed"))
+        monkeypatch.syspath_prepend("installed")
+    printed = ""
+    for block in blocks_of(page):
         if block.language == "python":
             # the empty lines make a traceback point into the page
-            code = compile("\n" * (block.line - 1) + block.body, str(page), "exec")
+            code = compile("\n" * (block.line - 1) + block.body, str(page), "exec", dont_inherit=True)
             with contextlib.redirect_stdout(io.StringIO()) as output:
                 exec(code, module.__dict__)
             printed = output.getvalue()
@@ -118,36 +130,36 @@ def run_blocks(page: Path) -> None:
             assert doctest.OutputChecker().check_output(block.body, printed, options), (
                 f"{named(page)}:{block.line}: the page shows\n{block.body}\nand its code prints\n{printed}"
             )
+    return module
 
 
 @pytest.mark.parametrize("page", PAGES_WITH_CODE, ids=named)
-def test_the_code_of_a_page_runs(page: Path) -> None:
-    run_blocks(page)
+def test_the_code_of_a_page_runs(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = run_blocks(page, monkeypatch)
+    for name, suite in list(vars(module).items()):
+        if name.startswith("Test"):
+            for test in (each for each in dir(suite) if each.startswith("test_")):
+                getattr(suite(), test)()
 
 
 @pytest.mark.parametrize("page", PAGES_WITH_COMMANDS, ids=named)
 def test_the_commands_of_a_page_work(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for block in blocks_of(page):
-        if block.title is not None and block.title != _OUTPUT:
-            Path(block.title).write_text(block.body, encoding="utf-8")
+    write_files(page)
     root: Any = typer.main.get_command(app)
-    for arguments in commands_of(page):
-        name, *rest = arguments
-        root.commands[name].make_context(name, list(rest))  # raises what the command line would say
-        if name in ("run", "search") and Path(rest[0]).exists():
-            app([name, *rest, *_SHORT, *(["--trials", "1"] if name == "search" else [])], standalone_mode=False)
-        elif name == "backends":
-            app(arguments, standalone_mode=False)
+    for name, *arguments in [*commands_of(page), *commands_in_the_text_of(page)]:
+        assert name in root.commands, f"{named(page)}: there is no command {name!r}"
+        root.commands[name].make_context(name, arguments)  # raises what the command line would say
+    trials = 0
+    for name, *arguments in commands_of(page):
+        if name == "backends":
+            app([name, *arguments], standalone_mode=False)
+        elif name in ("run", "search") and Path(arguments[0]).exists():
+            trials += 1
+            shortened = [*arguments, *_SHORT, *(["--trials", str(trials)] if name == "search" else [])]
+            app([name, *shortened], standalone_mode=False)
 
 
 def test_every_page_is_in_the_navigation() -> None:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Reads mkdocs.yml, in which tags may name Python objects."""
-
-    Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda loader, suffix, node: suffix)
-    navigation = yaml.load((ROOT / "mkdocs.yml").read_text(), Loader)["nav"]  # noqa: S506
+    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
     listed = set(re.findall(r"[\w/-]+\.md", str(navigation)))
-    written = {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")}
-    assert listed == written
+    assert listed == {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")}

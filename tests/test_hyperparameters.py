@@ -11,6 +11,7 @@ from torch.distributions.constraints import Constraint
 import hyperopt_implicit as hi
 from hyperopt_implicit.hyperparameters import Hyperparameters, declarations_of
 
+
 def tensor(values: object) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 

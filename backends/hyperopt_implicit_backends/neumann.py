@@ -64,15 +64,17 @@ class Neumann(ImplicitBackend):
         status, terms = Status.TRUNCATED, 0
         while terms < self.terms and size > target:
             product = hessian @ residual
-            _advance(solution, residual, product, step_size)
+            add_(residual, product, -step_size)
             length = norm(residual)
             if not length < size:  # never so while H is positive definite and α < 2/λ_max: look before going on
-                _advance(solution, residual, product, step_size, back=True)
+                add_(residual, product, step_size)
                 status, step_size = self._cause_of_growth(residual, product, step_size, length <= size * _ROUNDING)
                 if status is not Status.TRUNCATED:
                     break
-                _advance(solution, residual, product, step_size)
+                add_(residual, product, -step_size)
                 length = norm(residual)
+            # u ← u + α·(r of before), which r − αHr has overwritten; only now, for a step taken back leaves rounding errors
+            add_(add_(solution, residual, step_size), product, step_size**2)
             del product  # or it would be held, beside the next one, while that is computed
             size = length
             terms += 1
@@ -96,16 +98,6 @@ class Neumann(ImplicitBackend):
         if self.step_size == "auto":  # the largest eigenvalue was underestimated: shorten this residual the most
             return Status.TRUNCATED, curvature / squared
         return Status.DIVERGED, step_size
-
-
-def _advance(solution: Params, residual: Params, product: Params, step_size: float, *, back: bool = False) -> None:
-    """One more term, u ← u + αr and r ← r − αHr, or the last one taken back; in place, so that memory stays flat."""
-    if back:
-        add_(residual, product, step_size)
-        add_(solution, residual, -step_size)
-    else:
-        add_(solution, residual, step_size)
-        add_(residual, product, -step_size)
 
 
 def _largest_eigenvalue(hessian: LinearOperator, vector: Params, state: State) -> tuple[float, State]:
