@@ -34,7 +34,8 @@ def assert_close(actual: Params, expected: Params, relative: float, what: str = 
     error = relative_error(actual, expected)
     if not error <= relative:
         raise AssertionError(
-            f"{what} is off by {error:.3g}, with {relative:.3g} allowed:\n  it is      {actual}\n  instead of {expected}"
+            f"{what} is off by {error:.3g}, with {relative:.3g} allowed:\n  it is      {actual}\n"
+            f"  instead of {expected}"
         )
 
 

@@ -41,7 +41,7 @@ class LinearOperator(ABC):
 
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
-    """Inside, operators that have a twice differentiable form use it: attention without the fused kernels, weight_norm."""
+    """Inside, operators that have a twice differentiable form use it: unfused attention and weight norm."""
     with sdpa_kernel(SDPBackend.MATH), _UnfusedWeightNorm():
         yield
 

@@ -1,7 +1,7 @@
 """The truth, computed the slow way: dense Hessians, one long graph, Newton's method. What fast code is compared with.
 
-Everything here forms matrices of the size of the model, squared, and is meant for tests and for small problems in float64.
-It shares nothing with the backends but the problem's two functional losses.
+Everything here forms matrices of the size of the model, squared, and is meant for tests and for small problems in
+float64. It shares nothing with the backends but the problem's two functional losses.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def _leaves(problem: BilevelProblem) -> tuple[Tensor, Tensor]:
 def train_to_minimum(
     problem: BilevelProblem, training_batches: Sequence[Any], *, tolerance: float = 1e-13, max_steps: int = 100
 ) -> float:
-    """Train the model, in place, until ‖∂L/∂w‖ ≤ tolerance, by Newton's method with the Hessian's negative part mirrored.
+    """Train the model, in place, until ‖∂L/∂w‖ ≤ tolerance: Newton's method with the negative part of H mirrored.
 
     Returns:
         The norm of the gradient that is left.

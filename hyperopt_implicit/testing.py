@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import pickle
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -48,6 +49,20 @@ from hyperopt_implicit.specimens import (
     seeded,
 )
 from hyperopt_implicit.vectors import Params, clone
+
+
+def saved_and_loaded(state: State) -> State:
+    """A state as it comes back from a file."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    try:
+        loaded = torch.load(file, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise AssertionError(f"a state consists of tensors, dicts and numbers, to be saved; it is {state}") from error
+    if not same(loaded, state):
+        raise AssertionError(f"a state must survive torch.save and torch.load; it is {state}")
+    return dict(loaded)
 
 
 class BackendConformance:
@@ -395,12 +410,7 @@ class BackendConformance:
         training, validation = regression_data(0), regression_data(1)
         problem = ridge_problem(decay=torch.tensor([0.1, 0.3, 1.0, 2.0]))
         first = self.at_minimum(problem, training, validation)
-        file = io.BytesIO()
-        torch.save(first.state, file)
-        file.seek(0)
-        state = torch.load(file, weights_only=True)
-        if not same(state, first.state):
-            raise AssertionError(f"the state must consist of what torch.save keeps; it is {first.state}")
+        state = saved_and_loaded(first.state)
         batches = [training] * (5 if self.through_training else 1)
         expected = self.truth(problem, batches, validation)
         carried: State

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from hyperopt_implicit.problem import BilevelProblem
 
 DEFAULT_URI = "sqlite:///mlflow.db"
+_SQLITE = "sqlite:///"
 MODEL_TRAINING_VIEW = "?workflowType=machine_learning"  # without it the UI opens on its GenAI pages
 _METRICS_A_CALL = 1000  # MLflow's limits
 _PARAMS_A_CALL = 100
@@ -67,8 +68,10 @@ class Tracking:
 
     @property
     def resolved_uri(self) -> str:
-        """The tracking URI that will be used."""
-        return self.uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+        """The tracking URI that will be used; a file by its full path, since MLflow keeps stores open by URI."""
+        uri = self.uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+        file = uri.removeprefix(_SQLITE)
+        return uri if file in (uri, "", ":memory:") else f"{_SQLITE}{Path(file).absolute()}"
 
     @property
     def resolved_experiment(self) -> str:

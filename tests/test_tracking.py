@@ -24,7 +24,7 @@ QUIET = hi.Tracking(system_metrics=False)
 
 @pytest.fixture
 def client(workplace: Path) -> MlflowClient:
-    return MlflowClient(tracking_uri="sqlite:///mlflow.db")
+    return MlflowClient(tracking_uri=f"sqlite:///{workplace}/mlflow.db")
 
 
 def optimize(problem: hi.BilevelProblem | None = None, backend: Any = "cg", **options: Any) -> hi.Result:
@@ -258,7 +258,7 @@ def test_environment_chooses_store_and_experiment(
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "from the environment")
     optimize()
     assert not (workplace / "mlflow.db").exists()
-    only_run(MlflowClient(tracking_uri="sqlite:///other.db"), "from the environment")
+    only_run(MlflowClient(tracking_uri=f"sqlite:///{workplace}/other.db"), "from the environment")
 
 
 def test_settings_win_over_the_environment(

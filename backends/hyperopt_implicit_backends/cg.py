@@ -25,8 +25,9 @@ class ConjugateGradient(ImplicitBackend):
     outer step's solution, which halves the products or better once training has settled.
 
     A direction p with ⟨p, (H + δI)p⟩ < 0 ends it: the iterate reached so far is returned with status
-    ``negative curvature``, or ``singular`` where the curvature is zero to rounding. ``damping`` above the size of the most
-    negative eigenvalue avoids that, at the price of a bias that the reported residual ‖Hu − v‖/‖v‖ (without δ) includes.
+    ``negative curvature``, or ``singular`` where the curvature is zero to rounding. ``damping`` above the size of the
+    most negative eigenvalue avoids that, at the price of a bias that the reported residual ‖Hu − v‖/‖v‖ (without δ)
+    includes.
 
     Cost: one product an iteration, one more for a warm start; memory for four vectors, one of them carried.
 

@@ -73,7 +73,7 @@ class Neumann(ImplicitBackend):
                     break
                 add_(residual, product, -step_size)
                 length = norm(residual)
-            # u ← u + α·(r of before), which r − αHr has overwritten; only now, for a step taken back leaves rounding errors
+            # u ← u + α·(r of before), which r − αHr has overwritten; not earlier, for a step taken back leaves errors
             add_(add_(solution, residual, step_size), product, step_size**2)
             del product  # or it would be held, beside the next one, while that is computed
             size = length
