@@ -7,10 +7,7 @@ python benchmarks/hypergradient.py --write docs/benchmarks.md   and write the do
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -21,6 +18,7 @@ from pathlib import Path
 import by_hand
 import torch
 from problems import ALL, Case
+from versions import versions_line
 
 import hyperopt_implicit as hi
 
@@ -193,9 +191,7 @@ def page(rows: list[Row], memory: dict[int, float]) -> str:
         "",
         "Written by `make benchmark` (`python benchmarks/hypergradient.py --write docs/benchmarks.md`).",
         "",
-        f"{datetime.date.today()}, torch {torch.__version__}, Python {platform.python_version()}, "
-        f"hyperopt-implicit {importlib.metadata.version('hyperopt-implicit')}, {platform.machine()}, one thread, shared "
-        "cores. Medians of runs that take turns in one process.",
+        f"{versions_line()} Medians of runs that take turns in one process; processor time for single hypergradients.",
         "",
         "## A hypergradient, against the same loop written by hand",
         "",

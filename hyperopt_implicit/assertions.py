@@ -6,6 +6,8 @@ They raise AssertionError themselves, so that they read well outside pytest and 
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyperopt_implicit.backend import State
 from hyperopt_implicit.oracles import flatten
 from hyperopt_implicit.problem import BilevelProblem
 from hyperopt_implicit.vectors import Params
@@ -77,3 +80,17 @@ def same(x: Any, y: Any) -> bool:
     if isinstance(x, list | tuple):
         return type(x) is type(y) and len(x) == len(y) and all(map(same, x, y))
     return isinstance(y, Tensor) and torch.equal(x, y) if isinstance(x, Tensor) else bool(x == y)
+
+
+def saved_and_loaded(state: State) -> State:
+    """A state as it comes back from a file."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    try:
+        loaded = torch.load(file, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise AssertionError(f"a state consists of tensors, dicts and numbers, to be saved; it is {state}") from error
+    if not same(loaded, state):
+        raise AssertionError(f"a state must survive torch.save and torch.load; it is {state}")
+    return dict(loaded)

@@ -263,14 +263,16 @@ def ui(
 
 
 def main() -> None:
-    """Entry point: errors of this library are one paragraph and exit code 1, unless --debug."""
+    """Entry point: errors are one paragraph and exit code 1, unless --debug."""
     warnings.showwarning = _show_warning
     try:
         app()
-    except HyperoptError as error:
+    except Exception as error:
         if "--debug" in sys.argv:
             raise
-        err.print(f"[bold red]Error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=False)
+        ours = isinstance(error, HyperoptError)
+        text = str(error) if ours else f"{type(error).__name__}: {error}. Run it again with --debug to see where."
+        err.print(f"[bold red]Error:[/bold red] {escape(text)}", highlight=False, soft_wrap=False)
         sys.exit(1)
 
 

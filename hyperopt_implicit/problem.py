@@ -284,10 +284,9 @@ def _check_options(hyperparameters: Hyperparameters, optimizer: torch.optim.Opti
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise DeclarationError(f"a hyperparameter of the optimizer must be one number; {name!r} is not.")
         for group in optimizer.param_groups:
-            numbers = (
+            options = [
                 key for key, x in group.items() if isinstance(x, float | int | Tensor) and not isinstance(x, bool)
-            )
-            options = list(numbers)
+            ]
             options += ["beta1", "beta2"] if "betas" in group else []
             if name not in options:
                 raise DeclarationError(

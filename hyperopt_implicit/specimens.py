@@ -71,8 +71,8 @@ def ridge_problem(
 ) -> BilevelProblem:
     """L = scale·(½ mean (f(x) − y)² + ½ Σ (decay + second)·w²) + extra, and F = ½ mean (f(x) − y)².
 
-    ``decay`` is positive and of any shape. ``also`` declares a further hyperparameter: ``second``, ``unused`` or an option
-    of the inner optimizer.
+    ``decay`` is positive and of any shape. ``also`` declares a further hyperparameter: ``second``, ``unused`` or an
+    option of the inner optimizer.
     """
 
     @hyperparameter("decay", init=decay, constraint=constraints.positive)

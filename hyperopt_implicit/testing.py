@@ -1,16 +1,15 @@
-"""A conformance suite for backends, ours or a stranger's: derive :class:`BackendConformance` in a test file and run pytest.
+"""A conformance suite for backends, ours or a stranger's: derive :class:`BackendConformance` in a file for pytest.
 
-Each test computes a hypergradient in float64 on a small problem (``specimens.py``) and compares it with a closed form, a
-dense solve, one long graph or finite differences (``oracles.py``), or checks a promise of the contract in ``backend.py``.
-Nothing here imports pytest: the tests are ordinary methods that raise AssertionError (``assertions.py``).
+Each test computes a hypergradient in float64 on a small problem (``specimens.py``) and compares it with a closed form,
+a dense solve, one long graph or finite differences (``oracles.py``), or checks a promise of the contract in
+``backend.py``. Nothing here imports pytest: the tests are ordinary methods that raise AssertionError
+(``assertions.py``).
 """
 
 from __future__ import annotations
 
 import copy
-import io
 import math
-import pickle
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from hyperopt_implicit.assertions import assert_close, assert_finite, assert_unchanged, relative_error, same
+from hyperopt_implicit.assertions import (
+    assert_close,
+    assert_finite,
+    assert_unchanged,
+    relative_error,
+    same,
+    saved_and_loaded,
+)
 from hyperopt_implicit.backend import Backend, Hypergradient, State, Status
 from hyperopt_implicit.errors import BackendError, HyperoptWarning
 from hyperopt_implicit.hyper_optimizer import hypergradient
@@ -51,20 +57,6 @@ from hyperopt_implicit.specimens import (
 from hyperopt_implicit.vectors import Params, clone
 
 
-def saved_and_loaded(state: State) -> State:
-    """A state as it comes back from a file."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    try:
-        loaded = torch.load(file, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise AssertionError(f"a state consists of tensors, dicts and numbers, to be saved; it is {state}") from error
-    if not same(loaded, state):
-        raise AssertionError(f"a state must survive torch.save and torch.load; it is {state}")
-    return dict(loaded)
-
-
 class BackendConformance:
     """Tests that any backend must pass; derive a class whose name pytest collects, and say what is tested.
 
@@ -73,9 +65,9 @@ class BackendConformance:
             parameters, and Hessians of condition number up to a hundred.
         accuracy: relative error, in norm, that its hypergradients keep to.
 
-    A backend that differentiates the solution is compared with the implicit function theorem solved densely, and one that
-    differentiates the trajectory with one graph over the same steps of gradient descent; both with closed forms and finite
-    differences at a minimum, where a trajectory gets as many steps as its accuracy needs.
+    A backend that differentiates the solution is compared with the implicit function theorem solved densely, and one
+    that differentiates the trajectory with one graph over the same steps of gradient descent; both with closed forms
+    and finite differences at a minimum, where a trajectory gets as many steps as its accuracy needs.
 
     Example:
         >>> import hyperopt_implicit as hi
@@ -131,7 +123,7 @@ class BackendConformance:
     def check_at_minimum(
         self, problem: BilevelProblem, training: Batch, validation: Batch, expected: Params | None = None
     ) -> Hypergradient:
-        """It agrees with ``expected`` at a minimum (by default the theorem, solved densely), and says that it succeeded."""
+        """It agrees with ``expected`` at a minimum (by default the theorem, solved densely) and claims success."""
         result = self.at_minimum(problem, training, validation)
         if expected is None:
             expected = implicit_hypergradient(problem, [training], validation)
@@ -258,7 +250,7 @@ class BackendConformance:
         self.check_at_minimum(problem, training, validation, ridge_truth(problem, training, validation, factor=2.0))
 
     def test_linear_parameter(self) -> None:
-        """A parameter on which L depends linearly has a row of zeros in H; where F does not use it, nothing else changes."""
+        """Where L depends linearly on a parameter, H has a row of zeros; if F ignores it, nothing else changes."""
         training, validation = regression_data(0), regression_data(1)
         problem = ridge_problem()
         train_to_minimum(problem, [training])
@@ -332,7 +324,7 @@ class BackendConformance:
         assert_close(result.gradients, expected, self.accuracy)
 
     def test_dropout(self) -> None:
-        """One draw of masks for each look at a batch: the products belong to one matrix, and a seed fixes the result."""
+        """One draw of masks for each look at a batch: all products are of one matrix, and a seed fixes the result."""
         training, validation = regression_data(0), regression_data(1)
         problem = ridge_problem(nn.Sequential(Linear(4), nn.Dropout(0.5)))
         train_to_minimum(problem, [training], max_steps=1)

@@ -146,7 +146,7 @@ class Tracker:
         if self._sender is None:
             return
         if self._monitor is not None:
-            self._sender.put_job(self._monitor.finish)
+            self._sender.put_job(_quiet()(self._monitor.finish))
         if error is not None:
             self.set_tag("error", f"{type(error).__name__}: {error}")
         self._sender.close(
@@ -281,7 +281,9 @@ class _MlflowRun:
 
 def run_link(uri: str, experiment_id: str, run_id: str) -> str:
     """Where a browser shows the run: on the server itself, or on the one that ``hyperopt-implicit ui`` starts."""
-    base = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+    parts = urlsplit(uri)
+    server = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()  # a link needs no password
+    base = server.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
     return f"{base}/#/experiments/{experiment_id}/runs/{run_id}{MODEL_TRAINING_VIEW}"
 
 

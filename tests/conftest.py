@@ -1,4 +1,4 @@
-"""What holds in every test: one thread, a seed of its own, and float32 as the default unless a test asks for float64."""
+"""What holds in every test: one thread, a seed of its own, and float32 by default unless a test asks for float64."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def untouched_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database without runs; it takes seconds to make, so all workers share the one that the first has made."""
+    """An MLflow database without runs; it takes seconds to make, so all workers share the one that the first makes."""
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
     database = folder / "empty_mlflow.db"
@@ -62,7 +62,7 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path) -> Path:
-    """The working folder of a test, with an MLflow store of its own where the default is, and no settings of MLflow's."""
+    """The working folder of a test, with an MLflow store of its own in the default place, without settings."""
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith("MLFLOW_")]:

@@ -1,4 +1,4 @@
-"""Every backend meets every problem of the conformance suite; the table leaves none out, and the suite catches mistakes."""
+"""Every backend meets every problem of the conformance suite; the table leaves none out, the suite catches mistakes."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_products_are_counted(case, monkeypatch):
     assert second.hvps == (count if case.differentiates == "solution" else 3) > 0
 
 
-# ------------------------------------------------------------------------------------- backends that are wrong on purpose
+# ------------------------------------------------------------------------------------ backends wrong on purpose
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The Hessian as an operator: against dense ones, against differences of gradients, and over the layers that models use."""
+"""The Hessian as an operator: against dense ones, against differences of gradients, and over the layers in use."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_building_and_multiplying_change_nothing():
     assert not any(x.requires_grad for x in (operator @ vector).values())
 
 
-# ------------------------------------------------------------------------------------------- memory that autograd shares
+# --------------------------------------------------------------------------------------- memory that autograd shares
 
 
 def test_parameters_that_enter_as_a_sum():
@@ -310,7 +310,7 @@ def test_validation_runs_in_eval_mode_and_at_the_weights_given():
     assert direct["decay"].item() == 0
 
 
-# ---------------------------------------------------------------------------------- operators without a second derivative
+# ------------------------------------------------------------------------------ operators without a second derivative
 
 
 def bag_loss(model, batch, *, decay):

@@ -1,4 +1,4 @@
-"""Inner optimizers as differentiable functions: their steps against torch.optim's, their derivatives against differences."""
+"""Inner optimizers as differentiable functions: steps against torch.optim's, derivatives against differences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The solvers of the implicit backends against dense linear algebra: rates where theory gives one, and how each gives up."""
+"""The implicit backends' solvers against dense linear algebra: rates where theory gives one, and how each gives up."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_nothing_to_solve_costs_nothing(backend):
 
 @pytest.mark.parametrize("terms", [1, 2, 5, 10, 40])
 def test_neumann_is_the_series(terms):
-    """In the eigenbasis each coordinate of u_K is (1 − (1 − αλ)^K)/λ times that of v: the series itself, α ≠ 1 included."""
+    """In the eigenbasis each coordinate of u_K is (1 − (1 − αλ)^K)/λ times that of v: the series, α ≠ 1 included."""
     eigenvalues, alpha = torch.tensor(spread(0.5, 5.0, 12), dtype=torch.float64), 0.15
     solution, products = solve(Neumann(terms=terms, step_size=alpha), POSITIVE, VECTOR)
     q = basis(12)
@@ -320,7 +320,7 @@ def test_cg_warm_start_knows_damping():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_cg_never_claims_to_solve_an_inconsistent_system(dtype):
-    """More parameters than rows, and no decay: with a step along a null direction, rounding errors pose as convergence."""
+    """More parameters than rows, and no decay: a step along a null direction would make rounding look like success."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, 12, generator=generator, dtype=dtype)
     vector = {name: part.to(dtype) for name, part in VECTOR.items()}
