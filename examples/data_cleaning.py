@@ -60,7 +60,7 @@ DECAYS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # the other rows get the best of these
 
 
 @hi.hyperparameter("sample_weight", init=torch.full((NOISY,), 0.5), constraint=constraints.unit_interval)
-def training_loss(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor], *, sample_weight: Tensor) -> Tensor:
+def training_loss(model: nn.Linear, batch: tuple[Tensor, Tensor, Tensor], *, sample_weight: Tensor) -> Tensor:
     images, labels, index = batch  # by its index a sample finds its weight, in mini-batches as in one full batch
     return weighted_loss(model, (images, labels), sample_weight[index], LEARNING_DECAY)
 

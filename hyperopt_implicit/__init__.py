@@ -3,6 +3,8 @@
 from hyperopt_implicit.backend import (
     Backend,
     Hypergradient,
+    Spec,
+    State,
     Status,
     get_backend,
     list_backends,
@@ -30,6 +32,7 @@ from hyperopt_implicit.optimize import optimize
 from hyperopt_implicit.problem import BilevelProblem
 from hyperopt_implicit.search import SearchResult, search
 from hyperopt_implicit.tracking import Tracking
+from hyperopt_implicit.vectors import Params
 
 __all__ = [
     "Backend",
@@ -50,12 +53,15 @@ __all__ = [
     "LinearOperator",
     "LossError",
     "OuterStep",
+    "Params",
     "ProblemError",
     "Result",
     "SearchError",
     "SearchResult",
     "SecondDerivativeError",
     "Solution",
+    "Spec",
+    "State",
     "Status",
     "Tracking",
     "get_backend",

@@ -17,7 +17,8 @@ from enum import StrEnum
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_type_hints
 
-from hyperopt_implicit.errors import BackendError, nearest
+from hyperopt_implicit.errors import BackendError
+from hyperopt_implicit.messages import nearest
 from hyperopt_implicit.vectors import Params
 
 if TYPE_CHECKING:
@@ -55,10 +56,12 @@ _REMEDIES = {
     Status.TRUNCATED: "The work allowed was used up; the residual says how much is missing. Allow more terms, iterations "
     "or steps where that is too much.",
     Status.NEGATIVE_CURVATURE: "The training loss curves downwards somewhere, so the model is not at a minimum of it; the "
-    "result stops short of that direction. Train longer before each outer step, add weight decay, or use damping.",
+    "result stops short of that direction. Train longer before each outer step, add weight decay to the training loss, "
+    "or use a backend with damping ('cg').",
     Status.DIVERGED: "The iteration grew instead of shrinking, and the last sound iterate was returned. Use a smaller step "
     "size, or step_size='auto'.",
-    Status.SINGULAR: "The Hessian has no inverse; the solution of least norm leaves a residual. Add weight decay or damping.",
+    Status.SINGULAR: "The Hessian has no inverse; the solution of least norm leaves a residual. Add weight decay to the training loss, or use a "
+    "backend with damping ('cg').",
     Status.NON_FINITE: "A loss, a product or a gradient was NaN or infinite. Lower the inner learning rate, clip, or look "
     "for a division by zero in the losses.",
 }
@@ -238,9 +241,8 @@ def get_backend(spec: Spec, **options: Any) -> Backend:
 
 def _names_where(condition: Any) -> str:
     """The installed backends for which a condition on the class holds, as prose."""
-    return (
-        ", ".join(repr(name) for name in list_backends() if condition(get_backend_class(name))) or "none is installed"
-    )
+    names = [repr(name) for name in list_backends() if condition(get_backend_class(name))]
+    return ", ".join(names) or "none of those installed does"
 
 
 def backends_without_second_derivative() -> str:

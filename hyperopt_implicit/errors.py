@@ -59,17 +59,3 @@ class CommandError(HyperoptError):
 
 class HyperoptWarning(UserWarning):
     """The run goes on, but its user should know something."""
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """``' Did you mean 'neumann'?'``, or nothing where no known name is near."""
-    import difflib
-
-    matches = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
-    return f" Did you mean {' or '.join(map(repr, matches))}?" if matches else ""
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

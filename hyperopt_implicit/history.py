@@ -142,6 +142,7 @@ class Result:
         validation_loss: the last step's, by ``validation_loss_sweep``.
         best_validation_loss: the lowest.
         best_step: the outer step at which it was reached; None where no step gave a finite one.
+        best_model_state: the model's ``state_dict`` there, where ``keep_best_model`` asked for it.
         history: a record an outer step.
         stop_reason: why it ended.
         seconds: wall-clock time of training and outer steps, without tracking's start and end.
@@ -155,6 +156,7 @@ class Result:
     validation_loss: float
     best_validation_loss: float
     best_step: int | None
+    best_model_state: dict[str, Tensor] | None
     history: History
     stop_reason: StopReason
     seconds: float

@@ -7,7 +7,6 @@ it, with inner steps around it, is in ``optimize.py``.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -17,8 +16,9 @@ from torch import Tensor
 
 from hyperopt_implicit.backend import Hypergradient, Spec, State, Status, get_backend
 from hyperopt_implicit.data import to_device
-from hyperopt_implicit.errors import HypergradientError, HyperoptError, HyperoptWarning, ProblemError
+from hyperopt_implicit.errors import HypergradientError, HyperoptError, ProblemError
 from hyperopt_implicit.hyperparameters import Value
+from hyperopt_implicit.messages import warn
 from hyperopt_implicit.preflight import preflight
 from hyperopt_implicit.problem import BilevelProblem
 from hyperopt_implicit.vectors import is_finite, norm
@@ -232,7 +232,7 @@ class HyperOptimizer:
             raise HypergradientError(text)
         if kind not in self._warned:
             self._warned.add(kind)
-            warnings.warn(f"{text} {done}; the next ones of this kind are only counted.", HyperoptWarning, stacklevel=4)
+            warn(f"{text} {done}; the next ones of this kind are only counted.")
 
     def state_dict(self) -> dict[str, Any]:
         """Hyperparameters, outer optimizer and the backend's carried state."""

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hyperopt_implicit.errors import DeclarationError, nearest
+from hyperopt_implicit.errors import DeclarationError
+from hyperopt_implicit.messages import nearest
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

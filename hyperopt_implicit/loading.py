@@ -11,8 +11,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
-from hyperopt_implicit.errors import CommandError, HyperoptError, nearest
+from hyperopt_implicit.errors import CommandError, HyperoptError
 from hyperopt_implicit.knobs import knobs_of
+from hyperopt_implicit.messages import nearest
 from hyperopt_implicit.problem import BilevelProblem
 
 

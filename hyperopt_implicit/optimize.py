@@ -16,14 +16,16 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from hyperopt_implicit.backend import Hypergradient, Spec, Status
 from hyperopt_implicit.data import number_of_batches
-from hyperopt_implicit.errors import HyperoptError, HyperoptWarning
+from hyperopt_implicit.errors import HyperoptError
 from hyperopt_implicit.history import Callback, History, OuterStep, Result, StopReason, summarise
 from hyperopt_implicit.hyper_optimizer import HyperOptimizer, OnFailure
 from hyperopt_implicit.hyperparameters import Value
 from hyperopt_implicit.inner_loop import train_step
+from hyperopt_implicit.messages import warn
 from hyperopt_implicit.problem import BilevelProblem, InnerState
 from hyperopt_implicit.progress import ProgressBar
 from hyperopt_implicit.tracking import RunTracker, Tracking
@@ -48,6 +50,7 @@ def optimize(
     outer_scheduler: Scheduler | None = None,
     patience: int | None = None,
     min_delta: float = 0.0,
+    keep_best_model: bool = False,
     on_failure: OnFailure = "warn",
     max_failures: int = 10,
     seed: int | None = None,
@@ -80,6 +83,7 @@ def optimize(
         patience: stop after so many outer steps without a lower validation loss, beyond the pass through the validation data
             over which that is averaged; None never stops early.
         min_delta: how much lower it must be for ``patience`` to count it; the best is the lowest, by however little.
+        keep_best_model: keep a copy of the model's state at the lowest validation loss, in ``Result.best_model_state``.
         on_failure: what to do when the backend reports a failure: ``"warn"`` once a kind and use what was returned, ``"skip"`` the
             step, or ``"raise"``. What is not finite is never applied.
         max_failures: stop after so many outer steps in a row in which nothing could be applied because a loss or a
@@ -120,6 +124,7 @@ def optimize(
         "restart": restart,
         "patience": patience,
         "min_delta": min_delta,
+        "keep_best_model": keep_best_model,
         "on_failure": on_failure,
         "max_failures": max_failures,
         "seed": seed,
@@ -146,7 +151,14 @@ def optimize(
         # the only point before training at which the data and both losses are touched
         outer.check(loop.training.peek(), loop.validation.peek())
         tracker = RunTracker(tracking, problem, outer.backend, described)
-        run = _Run(loop, patience=patience, min_delta=min_delta, max_failures=max_failures, callbacks=list(callbacks))
+        run = _Run(
+            loop,
+            patience=patience,
+            min_delta=min_delta,
+            keep_best_model=keep_best_model,
+            max_failures=max_failures,
+            callbacks=list(callbacks),
+        )
         try:
             with ProgressBar(outer_steps, progress) as bar:
                 run.warm_up(warmup_steps)
@@ -232,6 +244,7 @@ class _Run:
     loop: _Loop
     patience: int | None
     min_delta: float
+    keep_best_model: bool
     max_failures: int
     callbacks: Sequence[Callback]
     history: History = field(default_factory=History)
@@ -245,6 +258,7 @@ class _Run:
         self._best = math.inf
         self._best_step: int | None = None
         self._best_values = problem.hyperparameters.values()
+        self._best_model: dict[str, Tensor] | None = None
         self._mark, self._mark_step = math.inf, -1  # what patience counts from: the last loss lower by min_delta
         self._failures_in_a_row = 0
         self._failed = 0
@@ -271,6 +285,8 @@ class _Run:
             problem.load_inner_state(self._good)
         self._judge(step, result)
         applied = self.loop.move(result)
+        if self.keep_best_model and self._best_step == step:
+            self._best_model = {name: value.clone() for name, value in problem.model.state_dict().items()}
         self.loop.advance_schedules(self._mean())
         ended = time.perf_counter()
         self.seconds += ended - started
@@ -320,11 +336,9 @@ class _Run:
         self._failures_in_a_row += 1
         if self._failures_in_a_row >= self.max_failures:
             self.stop_reason = "too many failed steps"
-            warnings.warn(
+            warn(
                 f"stopped at outer step {record.step}: {self.max_failures} outer steps in a row gave a loss or a gradient that was "
-                f"not finite. Model and hyperparameters are at their last good state. {Status.NON_FINITE.remedy}",
-                HyperoptWarning,
-                stacklevel=4,
+                f"not finite. Model and hyperparameters are at their last good state. {Status.NON_FINITE.remedy}"
             )
 
     def _decide(self, step: int, record: OuterStep) -> None:
@@ -344,6 +358,7 @@ class _Run:
             validation_loss=self._mean(),
             best_validation_loss=self._best,
             best_step=self._best_step,
+            best_model_state=self._best_model,
             history=self.history,
             stop_reason=self.stop_reason or "all outer steps done",
             seconds=self.seconds,

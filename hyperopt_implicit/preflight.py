@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import traceback
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,14 +19,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hyperopt_implicit.backend import Backend, backends_without_second_derivative
-from hyperopt_implicit.errors import (
-    HyperoptError,
-    HyperoptWarning,
-    LossError,
-    ProblemError,
-    SecondDerivativeError,
-    first_line,
-)
+from hyperopt_implicit.errors import HyperoptError, LossError, ProblemError, SecondDerivativeError
+from hyperopt_implicit.messages import first_line, warn
 from hyperopt_implicit.operators import twice_differentiable
 from hyperopt_implicit.vectors import Params
 
@@ -73,11 +66,9 @@ def preflight(problem: BilevelProblem, backend: Backend, training_batch: Any, va
         }
     for name in used_by_loss:
         if name in unused and backend.needs_second_derivative:
-            warnings.warn(
+            warn(
                 f"hyperparameter {name!r} influences neither the training gradient nor the validation loss: its gradient is "
-                f"zero and it will stay at its initial value. Use it in a loss, or remove its declaration.",
-                HyperoptWarning,
-                stacklevel=3,
+                f"zero and it will stay at its initial value. Use it in a loss, or remove its declaration."
             )
 
 
@@ -153,7 +144,7 @@ def _try_second_derivative(
         name, where = _culprit(problem, batch, str(error))
         raise SecondDerivativeError(
             f"this backend differentiates the training loss twice, and {name} in {where} has no second derivative. Replace it "
-            f"by an equivalent that has one, or use a backend that does without: {backends_without_second_derivative()}. "
+            f"by an equivalent that has one, or use a backend that does without ({backends_without_second_derivative()}). "
             f"(torch says: {str(error).splitlines()[0]})"
         ) from error
 
@@ -181,11 +172,11 @@ class _Recorder(TorchDispatchMode):
         self.calls: list[tuple[str, str]] = []
         self._stack: list[str] = []
         self._handles: list[Any] = []
-        self._modules = {module: name for name, module in model.named_modules() if name}
+        self._modules = dict(model.named_modules())
 
     def __enter__(self) -> _Recorder:
-        for module, name in self._modules.items():
-            label = f"module {name!r} ({type(module).__name__})"
+        for name, module in self._modules.items():
+            label = f"module {name!r} ({type(module).__name__})" if name else f"the model itself ({type(module).__name__})"
             self._handles.append(module.register_forward_pre_hook(lambda *_, label=label: self._stack.append(label)))
             self._handles.append(module.register_forward_hook(lambda *_: self._stack.pop() and None, always_call=True))
         super().__enter__()

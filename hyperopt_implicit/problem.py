@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hyperopt_implicit.data import BatchStream, Data, check_data
-from hyperopt_implicit.errors import DeclarationError, LossError, ProblemError, nearest
+from hyperopt_implicit.errors import DeclarationError, LossError, ProblemError
 from hyperopt_implicit.hyperparameters import (
     Declaration,
     Hyperparameters,
@@ -26,6 +26,7 @@ from hyperopt_implicit.hyperparameters import (
     declarations_of,
     undecorated,
 )
+from hyperopt_implicit.messages import nearest
 from hyperopt_implicit.vectors import Params
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -169,6 +170,12 @@ class BilevelProblem:
                 f"or a DataLoader, or hand over the batches yourself through HyperOptimizer.step."
             )
         return BatchStream(data, self.device, role)
+
+    def __repr__(self) -> str:
+        sizes = {"parameters": self.params, "unconstrained hyperparameters": self.hparams}
+        counts = ", ".join(f"{sum(p.numel() for p in each.values()):,} {name}" for name, each in sizes.items())
+        names = ", ".join(self.hyperparameters.declarations)
+        return f"BilevelProblem({type(self.model).__name__}, {type(self.optimizer).__name__}, {counts}: {names})"
 
     # ------------------------------------------------------------------------------------- losses on the real model
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import json
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -17,16 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hyperopt_implicit.backend import Backend, Spec, get_backend, get_backend_class, options_of
-from hyperopt_implicit.errors import (
-    BackendError,
-    HypergradientError,
-    HyperoptWarning,
-    LossError,
-    SearchError,
-    nearest,
-)
+from hyperopt_implicit.errors import BackendError, HypergradientError, LossError, SearchError
 from hyperopt_implicit.history import OuterStep, Result
 from hyperopt_implicit.knobs import knobs_of
+from hyperopt_implicit.messages import nearest, warn
 from hyperopt_implicit.optimize import check_options, optimize
 from hyperopt_implicit.problem import BilevelProblem
 from hyperopt_implicit.run_record import source_of, source_tags, versions
@@ -364,10 +357,8 @@ def _short(described: Mapping[str, Any] | None) -> str:
 def _remaining(study: Study, n_trials: int) -> int:
     done = sum(trial.state.is_finished() for trial in study.trials)
     if done >= n_trials:
-        warnings.warn(
-            f"study {study.study_name!r} already has {done} trials, and n_trials={n_trials} asks for no more; raise it to go on.",
-            HyperoptWarning,
-            stacklevel=3,
+        warn(
+            f"study {study.study_name!r} already has {done} trials, and n_trials={n_trials} asks for no more; raise it to go on."
         )
     return max(n_trials - done, 0)
 

@@ -12,13 +12,12 @@ import shutil
 import tempfile
 import threading
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from hyperopt_implicit.errors import HyperoptWarning, first_line
+from hyperopt_implicit.messages import first_line, warn
 
 _CLOSE_SECONDS = 30.0
 _INTERVAL_SECONDS = 1.0
@@ -122,7 +121,7 @@ class Sender:
         if self._failure is not None and not self._warned:
             self._warned = True
             text = f"MLflow tracking: {self._failure}. The run itself is not affected."
-            warnings.warn(text, HyperoptWarning, stacklevel=5)
+            warn(text)
 
     def _work(self) -> None:
         while True:

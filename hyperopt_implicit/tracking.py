@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from hyperopt_implicit.errors import first_line
+from hyperopt_implicit.messages import first_line
 from hyperopt_implicit.run_record import files_of, metrics_of, params_of, source_of, source_tags, summary_of
 from hyperopt_implicit.sender import MetricRecord, Sender, WriteFiles
 

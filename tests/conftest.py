@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from filelock import FileLock
+
+if TYPE_CHECKING:
+    from .commands import Command
 
 torch.set_num_threads(1)
 
@@ -68,3 +73,17 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path
     for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
         monkeypatch.delenv(name)
     return tmp_path
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """The entry point, in a folder with two files that define a problem."""
+    from .commands import FILE, FINISHED, Command
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.py").write_text(FILE)
+    (tmp_path / "finished.py").write_text(FINISHED)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in ("train", "finished"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return Command(tmp_path, monkeypatch, capsys)

@@ -201,7 +201,7 @@ LOSSES: dict[str, Refusal] = {
         hi.SecondDerivativeError,
         "this backend differentiates the training loss twice, and operator 'embedding_bag' in module 'table' "
         "(EmbeddingBag) has no second derivative. Replace it by an equivalent that has one, or use a backend that "
-        "does without: none is installed. (torch says: the derivative for '_embedding_bag_backward' is not "
+        "does without (none of those installed does). (torch says: the derivative for '_embedding_bag_backward' is not "
         "implemented.)",
     ),
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,62 +16,7 @@ from mlflow import MlflowClient
 import hyperopt_implicit as hi
 from hyperopt_implicit import cli
 
-FILE = """
-import torch
-import hyperopt_implicit as hi
-from torch.distributions import constraints
-from optuna.distributions import CategoricalDistribution, FloatDistribution
-
-batch = (torch.linspace(-1, 1, 12).reshape(6, 2), torch.linspace(0, 1, 6).reshape(6, 1))
-
-@hi.hyperparameter("decay", init=0.5, constraint=constraints.positive)
-def training_loss(model, batch, *, decay):
-    return (model(batch[0]) - batch[1]).square().mean() + decay * model.weight.square().sum()
-
-def validation_loss(model, batch):
-    return (model(batch[0]) - batch[1]).square().mean()
-
-@hi.knob("lr", FloatDistribution(0.01, 0.2))
-@hi.knob("nesterov", CategoricalDistribution([True, False]))
-def problem(*, lr, nesterov=False):
-    assert isinstance(nesterov, bool)
-    return hi.BilevelProblem(
-        torch.nn.Linear(2, 1), training_loss, validation_loss, training_data=[batch], validation_data=[batch],
-        optimizer=lambda params: torch.optim.SGD(params, lr=lr, momentum=0.5, nesterov=nesterov))
-"""
-FINISHED = FILE + "\nproblem = problem(lr=0.1)\n"
-
-
-class Command:
-    """Runs the entry point in this process; what it printed has its line breaks taken out."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self.folder = folder
-        self._monkeypatch = monkeypatch
-        self._capsys = capsys
-
-    def __call__(self, *arguments: str, code: int = 0) -> str:
-        self._monkeypatch.setattr(sys, "argv", ["hyperopt-implicit", *arguments])
-        with warnings.catch_warnings():
-            warnings.simplefilter("always")
-            with pytest.raises(SystemExit) as end:
-                cli.main()
-        out, err = self._capsys.readouterr()
-        assert (end.value.code or 0) == code, out + err
-        assert bool(err) == (code != 0) or "Warning" in err
-        return " ".join((out + err).split())
-
-
-@pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "train.py").write_text(FILE)
-    (tmp_path / "finished.py").write_text(FINISHED)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    for name in ("train", "finished"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    return Command(tmp_path, monkeypatch, capsys)
-
+from .commands import FILE, FINISHED, Command
 
 # ------------------------------------------------------------------------------------------------------------- run
 
@@ -233,124 +177,7 @@ def test_help_lists_every_command(command: Command) -> None:
     assert "Gradient-based hyperparameter optimization for PyTorch" in said
 
 
-# ----------------------------------------------------------------------------------------------------------- errors
-
-
-ERRORS: dict[str, tuple[str, tuple[str, ...], str]] = {
-    "no file": ("", ("run", "absent.py"), "FILE must be a Python file that defines a problem; there is no absent.py."),
-    "file that raises": (
-        "x = 1\nraise ValueError('no data here')\n",
-        ("run", "bad.py"),
-        "bad.py could not be loaded: ValueError: no data here (line 2).",
-    ),
-    "syntax error": (
-        "def f(:\n",
-        ("run", "bad.py"),
-        "bad.py could not be loaded: SyntaxError: invalid syntax (bad.py, line 1).",
-    ),
-    "missing package": (
-        "import no_such_package\n",
-        ("run", "bad.py"),
-        "bad.py could not be loaded: ModuleNotFoundError: No module named 'no_such_package' (line 1).",
-    ),
-    "no problem": (
-        "x = 1\n",
-        ("run", "bad.py"),
-        "bad.py must define a BilevelProblem, or a function that builds one, called 'problem': it defines neither.",
-    ),
-    "several problems": (
-        FILE + "\nfirst = problem(lr=0.1)\nsecond = problem(lr=0.2)\ndel problem\n",
-        ("run", "bad.py"),
-        "bad.py must define a BilevelProblem, or a function that builds one, called 'problem': it defines first, second; "
-        "choose one with --problem NAME.",
-    ),
-    "misspelt problem": (
-        FINISHED,
-        ("run", "bad.py", "--problem", "problme"),
-        "bad.py defines no 'problme'. Did you mean 'problem'?",
-    ),
-    "problem of the wrong type": (
-        "problem = 3\n",
-        ("run", "bad.py"),
-        "'problem' must be a BilevelProblem or a function that builds one; it is a int.",
-    ),
-    "builder that returns something else": (
-        "def problem(): return 3\n",
-        ("run", "bad.py"),
-        "problem must return a BilevelProblem; it returned int.",
-    ),
-    "declaration that cannot hold": (
-        "import hyperopt_implicit as hi\nhi.hyperparameter('a b', init=1)\n",
-        ("run", "bad.py"),
-        "a hyperparameter's name must be a Python identifier; got 'a b'.",
-    ),
-    "knob without a value": (
-        FILE,
-        ("run", "bad.py"),
-        "problem needs a value for lr. Give each with --knob lr=VALUE, give it a default in the file, or let "
-        "'hyperopt-implicit search' choose it.",
-    ),
-    "unknown knob": (
-        FILE,
-        ("run", "bad.py", "-k", "rl=1"),
-        "problem has no knob 'rl'; it takes lr, nesterov. Did you mean 'lr'?",
-    ),
-    "knob of a finished problem": (
-        FINISHED,
-        ("run", "bad.py", "-k", "lr=1"),
-        "--knob is for functions that build a problem; this file defines a finished one.",
-    ),
-    "knob without equals sign": (FILE, ("run", "bad.py", "-k", "lr"), "--knob takes NAME=VALUE; got 'lr'."),
-    "option without name": (FILE, ("run", "bad.py", "-o", "=3"), "--option takes NAME=VALUE; got '=3'."),
-    "unknown backend": (
-        FILE,
-        ("run", "bad.py", "-b", "gc"),
-        "there is no backend 'gc'; installed are cg, exact, neumann, unrolled. Did you mean 'cg'?",
-    ),
-    "option of the wrong type": (
-        FILE,
-        ("run", "bad.py", "-o", "terms=many"),
-        "Neumann option 'terms': input should be a valid integer, unable to parse string as an integer; got 'many'.",
-    ),
-    "unknown device": (FILE, ("run", "bad.py", "--device", "abacus"), "--device abacus cannot be used here: "),
-    "count of the loop": (
-        FINISHED,
-        ("run", "bad.py", "--outer-steps", "0"),
-        "outer_steps must be a whole number of at least 1; got 0.",
-    ),
-    "search of a finished problem": (
-        FINISHED,
-        ("search", "bad.py"),
-        "a search needs a function with @knob declarations; this file defines a finished problem. Use 'run'.",
-    ),
-    "error in a user's builder": (
-        "def problem(): return {}['missing']\n",
-        ("run", "bad.py"),
-        "KeyError: 'missing'. Run it again with --debug to see where.",
-    ),
-}
-
-
-@pytest.mark.parametrize(("text", "arguments", "message"), ERRORS.values(), ids=ERRORS)
-def test_error_is_one_paragraph_without_a_traceback(
-    command: Command, text: str, arguments: tuple[str, ...], message: str
-) -> None:
-    (command.folder / "bad.py").write_text(text)
-    before = sorted(command.folder.iterdir())
-    said = command(*arguments, code=1)
-    assert said.startswith(f"Error: {message}")
-    assert said.endswith(message) or "--device" in message
-    assert "Traceback" not in said
-    assert [path for path in sorted(command.folder.iterdir()) if path.name != "__pycache__"] == before
-
-
-def test_debug_raises(command: Command) -> None:
-    with pytest.raises(hi.CommandError, match=r"there is no absent\.py"):
-        command("run", "absent.py", "--debug")
-    (command.folder / "bad.py").write_text("1 / 0")
-    with pytest.raises(hi.CommandError) as caught:
-        command("run", "bad.py", "--debug")
-    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+# ------------------------------------------------------------------------------------------------- files and flags
 
 
 def test_misspelt_flag_is_a_usage_error(command: Command) -> None:

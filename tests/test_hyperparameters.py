@@ -277,9 +277,7 @@ def test_declaration_may_stand_on_the_validation_loss() -> None:
     def validation_loss(model: nn.Linear, batch: object) -> Tensor:
         return model.weight.sum()
 
-    problem = hi.BilevelProblem(
-        model(), training_loss, validation_loss, optimizer=lambda p: torch.optim.SGD(p, lr=0.1)
-    )
+    problem = hi.BilevelProblem(model(), training_loss, validation_loss, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
     found = hi.hypergradient(problem, "exact", training_batches=[None], validation_batch=None)
     assert found.gradients["a"].item() == pytest.approx(2.0)
 

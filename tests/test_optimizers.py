@@ -184,6 +184,17 @@ def test_training_goes_on_from_the_endpoint(optimizer):
     assert_same_state(problem.inner_state(), uninterrupted.inner_state())
 
 
+def test_a_learning_rate_in_a_tensor_stays_in_it():
+    """A compiled step reads it there."""
+    rate = torch.tensor(0.05)
+    problem = make_problem(lambda params: torch.optim.SGD(params, lr=rate), lr=0.05)
+    with torch.no_grad():
+        problem.hparams["lr"] += math.log(2)
+    problem.sync_optimizer()
+    assert problem.optimizer.param_groups[0]["lr"] is rate
+    assert rate.item() == pytest.approx(0.1)
+
+
 def test_groups_keep_their_options():
     def optimizer(params):
         groups = [

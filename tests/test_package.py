@@ -1,0 +1,173 @@
+"""The package as a whole: its public names, its types, what importing it costs, and which way its imports point."""
+
+from __future__ import annotations
+
+import ast
+import importlib.resources
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import hyperopt_implicit as hi
+from hyperopt_implicit import backends as re_exported
+
+CORE = Path(str(importlib.resources.files("hyperopt_implicit")))
+BACKENDS = Path(str(importlib.resources.files("hyperopt_implicit_backends")))
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.py"))
+
+
+def imports(path: Path, *, at_run_time_only: bool = False) -> Iterator[str]:
+    """Every module that a file imports anywhere; those under ``if TYPE_CHECKING`` can be left out."""
+    tree = ast.parse(path.read_text())
+    skipped: set[ast.AST] = set()
+    if at_run_time_only:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                skipped |= {each for child in node.body for each in ast.walk(child)}
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def importers(package: str, folder: Path) -> list[str]:
+    return [path.name for path in files(folder) if any(each.split(".")[0] == package for each in imports(path))]
+
+
+# ------------------------------------------------------------------------------------------------------ public names
+
+
+def test_all_equals_the_public_names() -> None:
+    modules = {path.stem for path in CORE.iterdir()}
+    public = {name for name in vars(hi) if not name.startswith("_") and name not in modules - set(hi.__all__)}
+    assert sorted(hi.__all__) == hi.__all__
+    assert public == set(hi.__all__)
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    assert [name for name in hi.__all__ if not (getattr(hi, name).__doc__ or "").strip()] == []
+
+
+def test_every_error_is_public_and_of_one_root() -> None:
+    from hyperopt_implicit import errors
+
+    found = {name: each for name, each in vars(errors).items() if isinstance(each, type)}
+    assert set(found) <= set(hi.__all__)
+    for name, each in found.items():
+        assert issubclass(each, hi.HyperoptError) or each is hi.HyperoptWarning, name
+        assert name in (errors.__doc__ or "")
+
+
+def test_every_installed_backend_of_ours_is_re_exported() -> None:
+    from hyperopt_implicit.backend import get_backend_class
+
+    ours = {get_backend_class(name) for name in ("cg", "exact", "neumann", "unrolled")}
+    assert {getattr(re_exported, name) for name in re_exported.__all__} == ours
+
+
+@pytest.mark.parametrize("folder", [CORE, BACKENDS], ids=lambda folder: folder.name)
+def test_types_are_published(folder: Path) -> None:
+    assert (folder / "py.typed").exists()
+
+
+@pytest.mark.parametrize("path", [*files(CORE), *files(BACKENDS)], ids=lambda path: path.name)
+def test_every_file_says_what_lives_in_it(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+# ----------------------------------------------------------------------------------------------- the cost of importing
+
+
+def loaded_after(statement: str) -> set[str]:
+    code = f"import sys, json; {statement}; print(json.dumps(sorted(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(json.loads(found.stdout))
+
+
+def test_import_brings_in_little_beside_torch() -> None:
+    added = {name.split(".")[0] for name in loaded_after("import torch, hyperopt_implicit")}
+    added -= {name.split(".")[0] for name in loaded_after("import torch, torch.distributions, torch.func")}
+    heavy = {"mlflow", "optuna", "pandas", "matplotlib", "sqlalchemy", "sklearn", "scipy", "typer", "rich", "pydantic"}
+    assert added & heavy == set()
+    assert "hyperopt_implicit_backends" not in added
+    assert added - set(sys.stdlib_module_names) == {"hyperopt_implicit"}
+
+
+def test_running_without_tracking_imports_neither_tracker_nor_search() -> None:
+    run = "from tests.ridge import ridge, hi; hi.optimize(ridge(), 'cg', outer_steps=1, tracking=False)"
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r}); {run}"
+    assert not {name.split(".")[0] for name in loaded_after(code)} & {"mlflow", "optuna", "pandas", "matplotlib"}
+
+
+# ------------------------------------------------------------------------------------------------ which way imports go
+
+
+def test_only_tracking_imports_mlflow() -> None:
+    assert importers("mlflow", CORE) == ["tracking.py"]
+    assert importers("mlflow", BACKENDS) == []
+
+
+def test_only_search_and_knobs_import_optuna() -> None:
+    assert importers("optuna", CORE) == ["knobs.py", "search.py"]
+    assert importers("optuna", BACKENDS) == []
+
+
+def test_backends_know_nothing_of_loop_tracking_and_search() -> None:
+    above = {"optimize", "tracking", "search", "cli", "hyper_optimizer", "history", "sender", "run_record", "progress"}
+    for path in files(BACKENDS):
+        used = {each.split(".")[1] for each in imports(path) if each.startswith("hyperopt_implicit.")}
+        assert used & above == set(), path.name
+
+
+def test_core_finds_backends_through_their_entry_points_only() -> None:
+    for path in files(CORE):
+        used = set(imports(path))
+        assert "hyperopt_implicit.backends" not in used, path.name
+        assert path.name == "backends.py" or not any(each.startswith("hyperopt_implicit_backends") for each in used)
+
+
+LAYERS = [
+    {"errors", "vectors"},
+    {"messages"},
+    {"data", "hyperparameters", "knobs"},
+    {"backend"},
+    {"problem", "operators", "implicit", "optimizers", "inner_loop", "preflight"},
+    {"hyper_optimizer", "history"},
+    {"figures", "progress", "sender", "run_record"},
+    {"tracking"},
+    {"optimize"},
+    {"search"},
+    {"loading"},
+    {"cli"},
+]
+
+
+def test_imports_point_downwards() -> None:
+    """Arrows go one way: cli → search → optimize → … → problem, at run time."""
+    level = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+    for path in files(CORE):
+        if path.stem not in level:
+            continue  # re-exports, and the conformance suite, which stands beside the layers
+        used = {
+            each.split(".")[1]
+            for each in imports(path, at_run_time_only=True)
+            if each.startswith("hyperopt_implicit.") and each.split(".")[1] in level
+        }
+        assert {name for name in used if level[name] > level[path.stem]} == set(), path.name
+
+
+def test_every_core_file_has_its_layer() -> None:
+    beside = {"__init__", "backends", "testing", "assertions", "oracles", "specimens"}
+    assert {path.stem for path in files(CORE)} == beside | set().union(*LAYERS)
