@@ -24,6 +24,8 @@ seeds reported are 0 to 4, all of them. The test is on 1,700 images that no meth
 
     python examples/data_cleaning.py [--seeds 5] [--quick] [--no-tracking]
     hyperopt-implicit run examples/data_cleaning.py
+
+The matrices are small: where other processes share the cores, OMP_NUM_THREADS=1 makes the commands much faster.
 """
 
 from __future__ import annotations

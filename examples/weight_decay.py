@@ -19,11 +19,14 @@ spends half of the validation set on hypergradients and stops by the other half,
 validation columns therefore flatter "learned", and only the test columns count. Settings were chosen on seeds 100 to
 104; those reported are 0 to 4, all of them.
 
-What it does not show: that this beats methods made for irrelevant features, such as an L1 penalty.
+What it does not show: that this beats methods made for irrelevant features. An L1 penalty, its strength from a grid,
+reaches the same test accuracy with distractors.
 
     python examples/weight_decay.py [--seeds 5] [--quick] [--no-tracking]
     hyperopt-implicit run examples/weight_decay.py
     hyperopt-implicit search examples/weight_decay.py
+
+The matrices are small: where other processes share the cores, OMP_NUM_THREADS=1 makes the commands much faster.
 """
 
 from __future__ import annotations

@@ -272,7 +272,8 @@ def main() -> None:
             raise
         ours = isinstance(error, HyperoptError)
         text = str(error) if ours else f"{type(error).__name__}: {error}. Run it again with --debug to see where."
-        err.print(f"[bold red]Error:[/bold red] {escape(text)}", highlight=False, soft_wrap=False)
+        # wrapped between words only: a path that was broken in two could not be copied
+        err.print(f"[bold red]Error:[/bold red] {escape(text)}", highlight=False, overflow="ignore", crop=False)
         sys.exit(1)
 
 

@@ -138,7 +138,8 @@ class Result:
     Attributes:
         problem: the problem, its model trained and its hyperparameters at their last values.
         hyperparameters: the last constrained values.
-        best_hyperparameters: those with which the validation loss was lowest (by ``validation_loss_sweep``).
+        best_hyperparameters: those with which the validation loss was lowest (by ``validation_loss_sweep``, over whole passes;
+            the last ones in a run that is shorter than a pass).
         validation_loss: the last step's, by ``validation_loss_sweep``.
         best_validation_loss: the lowest.
         best_step: the outer step at which it was reached; None where no step gave a finite one.

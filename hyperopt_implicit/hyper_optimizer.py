@@ -61,6 +61,7 @@ def hypergradient(
         >>> hi.hypergradient(problem, "cg", training_batches=[None], validation_batch=None).gradients
         {'decay': tensor(-0.2500, dtype=torch.float64)}
     """
+    _check_tunes_something(problem)
     chosen = get_backend(backend)
     training, validation = _batches(problem, training_batches, validation_batch)
     preflight(problem, chosen, training[0], validation)
@@ -116,10 +117,11 @@ class HyperOptimizer:
             raise HyperoptError(f"on_failure must be 'warn', 'raise' or 'skip'; got {on_failure!r}.")
         if clip is not None and not clip > 0:
             raise HyperoptError(f"clip must be a positive norm, or None for no clipping; got {clip}.")
-        if not problem.hparams:
-            raise ProblemError(
-                "there must be at least one hyperparameter to optimize; none is declared. Put @hyperparameter(name, init=…) on "
-                "the training loss."
+        _check_tunes_something(problem)
+        if isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer):
+            raise HyperoptError(
+                f"the outer optimizer must be a torch.optim class, or a callable that makes an optimizer from the hyperparameters' "
+                f"tensors; got an instance of {type(optimizer).__name__}."
             )
         self.problem = problem
         self.backend = get_backend(backend)
@@ -248,6 +250,14 @@ class HyperOptimizer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.state = state["backend_state"]
         self.problem.sync_optimizer()
+
+
+def _check_tunes_something(problem: BilevelProblem) -> None:
+    if not problem.hparams:
+        raise ProblemError(
+            "there must be at least one hyperparameter to optimize; none is declared. Put @hyperparameter(name, init=…) "
+            "on the training loss."
+        )
 
 
 def _batches(problem: BilevelProblem, training_batches: Sequence[Any], validation_batch: Any) -> tuple[list[Any], Any]:

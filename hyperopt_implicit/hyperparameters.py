@@ -160,7 +160,8 @@ def hyperparameter(
             given = signature.bind_partial(model, *args, **kwargs).arguments
             for each in declared:
                 if (
-                    each.name in accepted_names(plain, [each.name])
+                    each.target == "loss"
+                    and each.name in accepted_names(plain, [each.name])
                     and each.name not in given
                     and each.name not in kwargs
                 ):

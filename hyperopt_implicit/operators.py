@@ -62,6 +62,8 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 class Hessian(LinearOperator):
     """H = ∂²L/∂w² at one point, of the training loss averaged over batches.
 
+    A weight decay that the inner optimizer couples to the gradient is part of what it minimises, and so of H.
+
     Building it costs one forward and one backward that keeps its graph; a product costs one more backward through that
     graph (about one forward and backward of the loss for dense layers, nearly three for convolutions). Memory does not
     grow with the number of products. Random layers draw once, so that all products see the same masks.
@@ -89,11 +91,15 @@ class Hessian(LinearOperator):
         # a parameter on which L depends linearly, or not at all, has a gradient without a graph: its row of H is zero
         self._curved = [name for name, g in gradient.items() if g.requires_grad]
         self._outputs = [gradient[name] for name in self._curved]
+        self._decays = problem.weight_decays
 
     def __matmul__(self, vector: Params) -> Params:
         """H·vector."""
         self.products += 1
-        return self._pull_back(vector, self._params)
+        product = self._pull_back(vector, self._params)
+        for name, decay in self._decays.items():
+            product[name] = product[name] + decay * vector[name]
+        return product
 
     def mixed(self, vector: Params) -> Params:
         """(∂²L/∂λ∂w)·vector, shaped like λ."""

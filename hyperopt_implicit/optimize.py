@@ -259,6 +259,7 @@ class _Run:
         self._best_step: int | None = None
         self._best_values = problem.hyperparameters.values()
         self._best_model: dict[str, Tensor] | None = None
+        self._partial = False
         self._mark, self._mark_step = math.inf, -1  # what patience counts from: the last loss lower by min_delta
         self._failures_in_a_row = 0
         self._failed = 0
@@ -318,12 +319,12 @@ class _Run:
         if not math.isfinite(result.validation_loss):
             return
         self._sweep.append(result.validation_loss)
-        if len(self._sweep) < (self._sweep.maxlen or 1):
-            return
-        if self._mean() < self._best:
+        partial = len(self._sweep) < (self._sweep.maxlen or 1)
+        if partial or self._partial or self._mean() < self._best:
             self._best, self._best_step = self._mean(), step
             self._best_values = self.loop.problem.hyperparameters.values()
-        if self._mean() < self._mark - self.min_delta:
+        self._partial = partial  # before a whole pass, losses of different batches: the latest stands in for the best
+        if not partial and self._mean() < self._mark - self.min_delta:
             self._mark, self._mark_step = self._mean(), step
 
     def _count(self, lost: bool, record: OuterStep) -> None:

@@ -142,6 +142,21 @@ class BilevelProblem:
         return self.hyperparameters.unconstrained()
 
     @property
+    def weight_decays(self) -> dict[str, float]:
+        """What the inner optimizer adds to ∂L/∂w, by parameter, as a multiple of w; those without are left out.
+
+        A decay that is coupled to the gradient (all of torch.optim's but AdamW's) moves the minimum as a term of L would.
+        """
+        names = {id(p): name for name, p in self._params.items()}
+        return {
+            names[id(p)]: float(group["weight_decay"]) * (-1.0 if group.get("maximize") else 1.0)
+            for group in self.optimizer.param_groups
+            if group.get("weight_decay") and not group.get("decoupled_weight_decay")
+            for p in group["params"]
+            if id(p) in names
+        }
+
+    @property
     def device(self) -> torch.device:
         """Where the trained parameters live, and where batches are moved to."""
         return next(iter(self._params.values())).device

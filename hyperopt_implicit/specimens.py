@@ -59,6 +59,10 @@ def regression_data(seed: int, rows: int = 20, features: int = 4) -> Batch:
     return x, x @ torch.linspace(-1.0, 1.0, features, dtype=torch.float64) + 0.5 * noise + 0.3
 
 
+TRAINING, VALIDATION = regression_data(0), regression_data(1)
+"""The data of most tests."""
+
+
 def ridge_problem(
     model: nn.Module | None = None,
     *,

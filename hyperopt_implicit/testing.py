@@ -42,9 +42,12 @@ from hyperopt_implicit.oracles import (
 )
 from hyperopt_implicit.problem import BilevelProblem
 from hyperopt_implicit.specimens import (
+    TRAINING,
+    VALIDATION,
     Batch,
     Linear,
     Twice,
+    gradient_descent,
     half_mean_square,
     logistic_problem,
     network_problem,
@@ -100,6 +103,10 @@ class BackendConformance:
             problem, self.backend, training_batches=training_batches, validation_batch=validation_batch, state=state
         )
 
+    def repeated(self, batch: Any) -> list[Any]:
+        """A few steps on the batch, or the batch once where only the solution is seen."""
+        return [batch] * (5 if self.through_training else 1)
+
     def truth(self, problem: BilevelProblem, training_batches: Sequence[Any], validation_batch: Any) -> Params:
         """What it must agree with, at the weights as they are."""
         oracle = unrolled_hypergradient if self.through_training else implicit_hypergradient
@@ -136,22 +143,19 @@ class BackendConformance:
 
     def test_ridge(self) -> None:
         """One decay for all features."""
-        training, validation = regression_data(0), regression_data(1)
         problem = ridge_problem()
-        self.check_at_minimum(problem, training, validation, ridge_truth(problem, training, validation))
+        self.check_at_minimum(problem, TRAINING, VALIDATION, ridge_truth(problem, TRAINING, VALIDATION))
 
     def test_ridge_with_a_decay_per_feature(self) -> None:
         """A hyperparameter that is a vector."""
-        training, validation = regression_data(0), regression_data(1)
         problem = ridge_problem(decay=torch.tensor([0.1, 0.3, 1.0, 2.0]))
-        self.check_at_minimum(problem, training, validation, ridge_truth(problem, training, validation))
+        self.check_at_minimum(problem, TRAINING, VALIDATION, ridge_truth(problem, TRAINING, VALIDATION))
 
     def test_scale_of_the_training_loss(self) -> None:
         """c·L has the minima of L, so its hypergradient too: no factor of a step size is left over."""
-        training, validation = regression_data(0), regression_data(1)
         for scale in (0.05, 20.0):
             problem = ridge_problem(scale=scale)
-            self.check_at_minimum(problem, training, validation, ridge_truth(problem, training, validation))
+            self.check_at_minimum(problem, TRAINING, VALIDATION, ridge_truth(problem, TRAINING, VALIDATION))
 
     def test_one_parameter(self) -> None:
         """A one-dimensional problem is solved in one step, which must not be lost."""
@@ -169,10 +173,9 @@ class BackendConformance:
         def outer(w: Tensor, decay: Tensor, batch: Batch) -> Tensor:
             return 0.5 * (batch[0] @ w - batch[1]).square().mean() + decay * w.square().sum() + decay**2
 
-        training, validation = regression_data(0), regression_data(1)
         problem = ridge_problem(validation_loss=validation_loss)
-        expected = ridge_truth(problem, training, validation, outer=outer)
-        self.check_at_minimum(problem, training, validation, expected)
+        expected = ridge_truth(problem, TRAINING, VALIDATION, outer=outer)
+        self.check_at_minimum(problem, TRAINING, VALIDATION, expected)
 
     def test_validation_loss_without_the_weights(self) -> None:
         """∂F/∂w = 0: nothing to solve, and only the direct term is left."""
@@ -180,10 +183,9 @@ class BackendConformance:
         def validation_loss(model: nn.Module, batch: Batch, *, decay: Tensor) -> Tensor:
             return decay**2
 
-        training, validation = regression_data(0), regression_data(1)
         problem = ridge_problem(validation_loss=validation_loss)
-        expected = ridge_truth(problem, training, validation, outer=lambda w, decay, batch: decay**2)
-        self.check_at_minimum(problem, training, validation, expected)
+        expected = ridge_truth(problem, TRAINING, VALIDATION, outer=lambda w, decay, batch: decay**2)
+        self.check_at_minimum(problem, TRAINING, VALIDATION, expected)
 
     # -------------------------------------------------------------------------------------- dense solves, differences
 
@@ -230,54 +232,48 @@ class BackendConformance:
 
     def test_unused_parameter(self) -> None:
         """A parameter that no loss uses has no part in it."""
-        training, validation = regression_data(0), regression_data(1)
         problem = ridge_problem(Linear(4, unused=nn.Parameter(torch.ones(3, dtype=torch.float64))))
-        self.check_at_minimum(problem, training, validation, ridge_truth(problem, training, validation))
+        self.check_at_minimum(problem, TRAINING, VALIDATION, ridge_truth(problem, TRAINING, VALIDATION))
 
     def test_frozen_parameter(self) -> None:
         """A parameter without requires_grad is a constant."""
-        training, validation = regression_data(0), regression_data(1)
         frozen = nn.Parameter(torch.full((), 2.0, dtype=torch.float64), requires_grad=False)
         problem = ridge_problem(Linear(4, frozen=frozen), extra=lambda model: model.frozen * model.weight.sum())
-        self.check_at_minimum(problem, training, validation)
+        self.check_at_minimum(problem, TRAINING, VALIDATION)
         if frozen.item() != 2.0:
             raise AssertionError("a frozen parameter has moved")
 
     def test_tied_weights(self) -> None:
         """One parameter under two names counts once, with both of its uses."""
-        training, validation = regression_data(0), regression_data(1)
         problem = ridge_problem(Twice(4))
-        self.check_at_minimum(problem, training, validation, ridge_truth(problem, training, validation, factor=2.0))
+        self.check_at_minimum(problem, TRAINING, VALIDATION, ridge_truth(problem, TRAINING, VALIDATION, factor=2.0))
 
     def test_linear_parameter(self) -> None:
         """Where L depends linearly on a parameter, H has a row of zeros; if F ignores it, nothing else changes."""
-        training, validation = regression_data(0), regression_data(1)
         problem = ridge_problem()
-        train_to_minimum(problem, [training])
+        train_to_minimum(problem, [TRAINING])
         slope = nn.Parameter(torch.ones(2, dtype=torch.float64))
         linear = ridge_problem(Linear(4, slope=slope), extra=lambda model: 3.0 * model.slope.sum())
         linear.model.load_state_dict({**problem.model.state_dict(), "slope": slope.detach()})
-        batches = [training] * (5 if self.through_training else 1)
-        expected = self.truth(problem, batches, validation)
-        assert_close(self.compute(linear, batches, validation).gradients, expected, self.accuracy)
+        batches = self.repeated(TRAINING)
+        expected = self.truth(problem, batches, VALIDATION)
+        assert_close(self.compute(linear, batches, VALIDATION).gradients, expected, self.accuracy)
 
     def test_parameters_from_a_generator(self) -> None:
         """The inner optimizer may have been built from a generator, and have read it to its end."""
-        training, validation = regression_data(0), regression_data(1)
         model = Linear(4)
         problem = ridge_problem(model, optimizer=lambda _: torch.optim.SGD((p for p in model.parameters()), lr=0.1))
-        self.check_at_minimum(problem, training, validation, ridge_truth(problem, training, validation))
+        self.check_at_minimum(problem, TRAINING, VALIDATION, ridge_truth(problem, TRAINING, VALIDATION))
 
     # ------------------------------------------------------------------------------ shapes that hyperparameters take
 
     def test_unused_hyperparameter(self) -> None:
         """A hyperparameter without influence has gradient zero, and its user is warned."""
-        training, validation = regression_data(0), regression_data(1)
         problem = ridge_problem(also=hyperparameter("unused", init=1.0))
-        expected = ridge_truth(problem, training, validation)
+        expected = ridge_truth(problem, TRAINING, VALIDATION)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            result = self.at_minimum(problem, training, validation)
+            result = self.at_minimum(problem, TRAINING, VALIDATION)
         assert_close(result.gradients, expected, self.accuracy)
         about = [w for w in caught if issubclass(w.category, HyperoptWarning) and "'unused'" in str(w.message)]
         if self.backend.needs_second_derivative and not about:
@@ -285,23 +281,39 @@ class BackendConformance:
 
     def test_hyperparameters_that_enter_as_a_sum(self) -> None:
         """Their gradients are equal; autograd gives both in the same memory."""
-        training, validation = regression_data(0), regression_data(1)
         problem = ridge_problem(also=hyperparameter("second", init=0.3, constraint=constraints.positive))
-        result = self.check_at_minimum(problem, training, validation)
+        result = self.check_at_minimum(problem, TRAINING, VALIDATION)
         assert_close({"decay": result.gradients["decay"]}, {"decay": result.gradients["second"]}, 1e-12)
+
+    def test_hyperparameter_that_is_a_module(self) -> None:
+        """An auxiliary network weighs the rows; its frozen parameters are not among the gradients."""
+        auxiliary = seeded(lambda: nn.Sequential(nn.Linear(4, 2), nn.Tanh(), nn.Linear(2, 1)))
+        auxiliary.get_parameter("0.bias").requires_grad_(False)
+
+        @hyperparameter("auxiliary", init=auxiliary)
+        def training_loss(model: nn.Module, batch: Batch, *, auxiliary: nn.Module) -> Tensor:
+            x, y = batch
+            loss: Tensor = 0.5 * (auxiliary(x)[:, 0].exp() * (model(x) - y).square()).mean()
+            return loss + 0.1 * next(model.parameters()).square().sum()
+
+        problem = BilevelProblem(Linear(4), training_loss, half_mean_square, optimizer=gradient_descent)
+        result = self.check_at_minimum(problem, TRAINING, VALIDATION)
+        if result.gradients.keys() != {f"auxiliary.{name}" for name in ("0.weight", "2.weight", "2.bias")}:
+            raise AssertionError(
+                f"one gradient for each parameter that requires it; there are {list(result.gradients)}"
+            )
 
     def test_hyperparameter_of_the_optimizer(self) -> None:
         """Differentiated along a trajectory; refused by name where only the solution is seen."""
-        training, validation = regression_data(0), regression_data(1)
         rate = hyperparameter("lr", init=0.1, constraint=constraints.positive, target="optimizer")
         problem = ridge_problem(also=rate)
         if self.through_training:
-            batches = [training] * 5
-            expected = unrolled_hypergradient(problem, batches, validation)
-            assert_close(self.compute(problem, batches, validation).gradients, expected, self.accuracy)
+            batches = [TRAINING] * 5
+            expected = unrolled_hypergradient(problem, batches, VALIDATION)
+            assert_close(self.compute(problem, batches, VALIDATION).gradients, expected, self.accuracy)
             return
         try:
-            self.compute(problem, [training], validation)
+            self.compute(problem, [TRAINING], VALIDATION)
         except BackendError as error:
             if "'lr'" not in str(error):
                 raise AssertionError(f"the message must name the hyperparameter 'lr'; it is: {error}") from error
@@ -317,7 +329,7 @@ class BackendConformance:
             seeded(lambda: nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Tanh(), nn.Linear(2, 1))), decay=1.0
         )
         train_to_minimum(problem, [training])
-        batches = [training] * (5 if self.through_training else 1)
+        batches = self.repeated(training)
         expected = self.truth(problem, batches, validation)
         with assert_unchanged(problem):
             result = self.compute(problem, batches, validation)
@@ -325,14 +337,13 @@ class BackendConformance:
 
     def test_dropout(self) -> None:
         """One draw of masks for each look at a batch: all products are of one matrix, and a seed fixes the result."""
-        training, validation = regression_data(0), regression_data(1)
         problem = ridge_problem(nn.Sequential(Linear(4), nn.Dropout(0.5)))
-        train_to_minimum(problem, [training], max_steps=1)
+        train_to_minimum(problem, [TRAINING], max_steps=1)
         results = []
         with torch.random.fork_rng(devices=[]):
             for _ in range(2):
                 torch.manual_seed(0)
-                results.append(self.compute(problem, [training] * (5 if self.through_training else 1), validation))
+                results.append(self.compute(problem, self.repeated(TRAINING), VALIDATION))
         assert_finite(results[0].gradients)
         if results[0].status.failed:
             raise AssertionError(f"masks that change between products? The status is {results[0].status.value!r}")
@@ -342,35 +353,32 @@ class BackendConformance:
 
     def test_changes_nothing(self) -> None:
         """Neither the model, nor λ, the optimizer, any .grad or, where nothing draws, the global random state."""
-        training, validation = regression_data(0), regression_data(1)
         problem = ridge_problem()
         for p in (*problem.params.values(), *problem.hparams.values()):
             p.grad = torch.ones_like(p)
         with assert_unchanged(problem):
-            self.compute(problem, [training, training], validation)
+            self.compute(problem, [TRAINING, TRAINING], VALIDATION)
 
     def test_inside_no_grad(self) -> None:
         """The caller's grad mode makes no difference."""
-        training, validation = regression_data(0), regression_data(1)
         problem = ridge_problem()
-        train_to_minimum(problem, [training])
-        expected = self.truth(problem, [training], validation)
+        train_to_minimum(problem, [TRAINING])
+        expected = self.truth(problem, [TRAINING], VALIDATION)
         with torch.no_grad():
-            result = self.compute(problem, [training], validation)
+            result = self.compute(problem, [TRAINING], VALIDATION)
         assert_close(result.gradients, expected, self.accuracy)
 
     def test_report(self) -> None:
         """What comes with the gradients means what the contract says."""
-        training, validation = regression_data(0), regression_data(1)
         problem = ridge_problem(decay=torch.tensor([0.1, 0.3, 1.0, 2.0]))
-        result = self.compute(problem, [training], validation)
+        result = self.compute(problem, [TRAINING], VALIDATION)
         if self.through_training != (result.endpoint is not None):
             raise AssertionError("endpoint must be where a trajectory arrived, and None for a solution")
-        training_loss = float(problem.training_loss(training).detach())
+        training_loss = float(problem.training_loss(TRAINING).detach())
         if result.endpoint is not None:
-            train_step(problem, training, problem.hyperparameters.values())
+            train_step(problem, TRAINING, problem.hyperparameters.values())
             assert_close(result.endpoint.params, problem.params, 1e-12, "the endpoint")
-        for name, value in (("training", training_loss), ("validation", float(problem.validation_loss(validation)))):
+        for name, value in (("training", training_loss), ("validation", float(problem.validation_loss(VALIDATION)))):
             found = getattr(result, f"{name}_loss")
             if not math.isclose(found, value, rel_tol=1e-9):
                 raise AssertionError(f"{name}_loss must be {value}; it is {found}")
@@ -400,16 +408,15 @@ class BackendConformance:
 
     def test_state_carries_and_survives(self) -> None:
         """What one call leaves can be saved, loaded and handed to the next, which is no worse for it, or dropped."""
-        training, validation = regression_data(0), regression_data(1)
         problem = ridge_problem(decay=torch.tensor([0.1, 0.3, 1.0, 2.0]))
-        first = self.at_minimum(problem, training, validation)
+        first = self.at_minimum(problem, TRAINING, VALIDATION)
         state = saved_and_loaded(first.state)
-        batches = [training] * (5 if self.through_training else 1)
-        expected = self.truth(problem, batches, validation)
+        batches = self.repeated(TRAINING)
+        expected = self.truth(problem, batches, VALIDATION)
         carried: State
         for carried in (state, {}):
             given = copy.deepcopy(carried)
-            result = self.compute(problem, batches, validation, carried)
+            result = self.compute(problem, batches, VALIDATION, carried)
             assert_close(result.gradients, expected, self.accuracy)
             if not same(carried, given):
                 raise AssertionError("a backend must not change the state that it is given")

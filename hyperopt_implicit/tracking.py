@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
+from hyperopt_implicit.errors import HyperoptError
 from hyperopt_implicit.messages import first_line
 from hyperopt_implicit.run_record import files_of, metrics_of, params_of, source_of, source_tags, summary_of
 from hyperopt_implicit.sender import MetricRecord, Sender, WriteFiles
@@ -207,9 +208,11 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
 
 def resolve(tracking: Tracking | bool) -> Tracking | None:
     """What ``tracking=`` stands for: True is the default settings, False is none."""
+    if isinstance(tracking, bool):
+        return Tracking() if tracking else None
     if isinstance(tracking, Tracking):
         return tracking
-    return Tracking() if tracking else None
+    raise HyperoptError(f"tracking must be True, False or a Tracking(uri=…, experiment=…, …); got {tracking!r}.")
 
 
 class _MlflowRun:

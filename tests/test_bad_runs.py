@@ -248,6 +248,17 @@ OPTIONS: dict[str, Refusal] = {
         hi.HyperoptError,
         "on_failure must be 'warn', 'raise' or 'skip'; got 'ignore'.",
     ),
+    "outer optimizer that exists already": (
+        lambda model: run(model, outer_optimizer=torch.optim.Adam(model.parameters())),
+        hi.HyperoptError,
+        "the outer optimizer must be a torch.optim class, or a callable that makes an optimizer from the "
+        "hyperparameters' tensors; got an instance of Adam.",
+    ),
+    "tracking by address": (
+        lambda model: run(model, tracking="http://127.0.0.1:5000"),
+        hi.HyperoptError,
+        "tracking must be True, False or a Tracking(uri=…, experiment=…, …); got 'http://127.0.0.1:5000'.",
+    ),
     "nothing to optimize": (
         lambda model: run(model, plain),
         hi.ProblemError,

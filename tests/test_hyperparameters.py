@@ -257,6 +257,7 @@ def test_decorated_loss_keeps_its_name_and_docstring() -> None:
 def test_loss_that_takes_any_keyword_gets_all_values() -> None:
     @hi.hyperparameter("a", init=1.0)
     @hi.hyperparameter("b", init=2.0)
+    @hi.hyperparameter("lr", init=0.1, target="optimizer")
     def training_loss(model: nn.Linear, batch: object, **values: Tensor) -> Tensor:
         assert sorted(values) == ["a", "b"]
         return model.weight.square().sum() * values["a"] + values["b"]

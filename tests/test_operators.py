@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 import hyperopt_implicit as hi
 from hyperopt_implicit.assertions import assert_close, assert_unchanged
+from hyperopt_implicit.inner_loop import train_step
 from hyperopt_implicit.operators import Hessian, validation_gradients
-from hyperopt_implicit.oracles import dense_derivatives, flatten, implicit_hypergradient, unflatten
+from hyperopt_implicit.oracles import dense_derivatives, finite_differences, flatten, implicit_hypergradient, unflatten
 from hyperopt_implicit.specimens import (
     Linear,
     gradient_descent,
@@ -118,6 +119,47 @@ def test_batches_are_averaged():
     assert operator.loss == pytest.approx(sum(Hessian(problem, [batch]).loss for batch in batches) / 2)
 
 
+def test_weight_decay_of_the_inner_optimizer_is_part_of_the_hessian():
+    """It moves the minimum as the same decay in the loss does, group by group; AdamW's does not."""
+    bias = nn.Parameter(torch.zeros(4, dtype=torch.float64))
+    batch = regression_data(0)
+
+    def product(make, **options):
+        model = Linear(4, bias=bias)
+        groups = [{"params": [model.weight], **options}, {"params": [model.bias]}]
+        problem = ridge_problem(model, optimizer=lambda _: make(groups, lr=0.1))
+        return Hessian(problem, [batch]) @ random_like(problem.params)
+
+    vector = random_like(dict(Linear(4, bias=bias).named_parameters()))
+    plain = product(torch.optim.SGD)
+    for make in (torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop):
+        decayed = product(make, weight_decay=0.7)
+        assert_close(decayed, {**plain, "weight": plain["weight"] + 0.7 * vector["weight"]}, 1e-12, "the product")
+    assert_close(product(torch.optim.AdamW, weight_decay=0.7), plain, 1e-12, "the product")
+
+
+@pytest.mark.parametrize("backend", ["cg", "exact", "neumann"])
+def test_weight_decay_of_the_inner_optimizer_counts(backend):
+    """The hypergradient of training that converged, by differences: half the decay in the loss, half in SGD."""
+    training, validation = regression_data(0), regression_data(1)
+    problem = ridge_problem(optimizer=lambda params: torch.optim.SGD(params, lr=0.3, weight_decay=0.3))
+
+    def minimum() -> float:
+        problem.load_inner_state(start)
+        for _ in range(200):
+            train_step(problem, training, problem.hyperparameters.values())
+        return float(problem.validation_loss(validation))
+
+    start = problem.inner_state()
+    expected = finite_differences(minimum, problem.hparams)
+    minimum()
+    thorough = {"cg": {"tolerance": 1e-12}, "neumann": {"terms": 300}}.get(backend, {})
+    result = hi.hypergradient(
+        problem, {"name": backend, **thorough}, training_batches=[training], validation_batch=validation
+    )
+    assert_close(result.gradients, expected, 1e-8)
+
+
 def test_linear_and_unused_parameters_have_rows_of_zeros():
     slope, unused = (nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2))
     problem = ridge_problem(Linear(4, slope=slope, unused=unused), extra=lambda model: 3.0 * model.slope.sum())
@@ -212,7 +254,7 @@ class Attention(nn.Module):
         self.project = nn.Linear(4, 12)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.project(x).chunk(3, dim=-1)
+        q, k, v = self.project(x).unsqueeze(1).chunk(3, dim=-1)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 

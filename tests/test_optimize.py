@@ -245,6 +245,23 @@ def test_best_is_kept_beside_the_last() -> None:
     assert result.hyperparameters["value"].item() == -4.0
 
 
+@pytest.mark.parametrize("backend", ["cg", "unrolled"])
+def test_model_at_the_lowest_loss_is_kept_where_asked_for(backend: str) -> None:
+    states: list[Tensor] = []
+    losses: list[float] = []
+
+    def note(step: hi.OuterStep, problem: hi.BilevelProblem) -> None:
+        states.append(problem.model.weight.detach().clone())
+        losses.append(step.validation_loss)
+
+    result = optimize(ridge(), backend, keep_best_model=True, callbacks=[note], inner_steps=8, outer_lr=0.5)
+    assert result.best_step == losses.index(min(losses)) < 4
+    assert result.best_model_state is not None
+    assert torch.equal(result.best_model_state["weight"], states[result.best_step])
+    assert not torch.equal(result.best_model_state["weight"], states[-1])
+    assert optimize(ridge(), backend).best_model_state is None
+
+
 def test_validation_loss_is_averaged_over_the_last_pass() -> None:
     result = optimize(scripted([4, 8, 0, 2, 1, 1], batches=3), outer_steps=6, **constant(1.0))
     means = [each.validation_loss_sweep for each in result.history]
@@ -253,6 +270,13 @@ def test_validation_loss_is_averaged_over_the_last_pass() -> None:
     assert result.best_validation_loss == pytest.approx(1.0)
     early = optimize(scripted([0, 8, 8, 8], batches=3), outer_steps=4, **constant(1.0))
     assert early.best_step == 2  # a batch alone says nothing
+
+
+def test_run_shorter_than_a_pass_takes_its_last_values_for_the_best() -> None:
+    result = optimize(scripted([4, 2, 6], batches=10), outer_steps=3, **constant(1.0))
+    assert result.best_step == 2
+    assert result.best_validation_loss == pytest.approx(4.0)
+    assert result.best_hyperparameters["value"].item() == -2.0
 
 
 def test_callback_sees_every_step_and_can_stop() -> None:

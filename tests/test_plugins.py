@@ -44,7 +44,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(installed: Path, *command: str | Path) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(installed), "COLUMNS": "200"}
+    path = os.pathsep.join([str(installed), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "200"}
     found = subprocess.run(command, env=environment, cwd=installed, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
     return found.stdout
