@@ -34,6 +34,7 @@ def test_history_becomes_a_table() -> None:
     ]
     assert frame["step"].tolist() == [0, 1, 2, 3]
     assert frame["status"].tolist() == [each.status.value for each in result.history]
+    assert {type(each) for each in frame["status"]} == {str}
     assert frame["hyperparameter/decay"].tolist() == [each.hyperparameters["decay"] for each in result.history]
     assert frame["hyperparameter/decay"][0] == 1.0
     assert (frame["hvps"] > 0).all()

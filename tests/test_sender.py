@@ -167,6 +167,7 @@ def test_receiver_that_dies_leaves_a_complete_copy(receiver: FakeReceiver, copy:
         f"MLflow tracking: the server does not answer (connection refused); what was not sent is in {copy}. The run "
         "itself is not affected.",
     ]
+    assert not sending._thread.is_alive()  # it did not use up the time limit
     assert lines(copy)[0] == {"run_id": "abc"}
     assert steps(copy) == [1, 2, 3]
     assert lines(copy)[1]["metrics"] == {"loss": 1.0, "bad": None}  # JSON has no infinity
@@ -188,6 +189,17 @@ def test_receiver_that_comes_back_gets_everything(receiver: FakeReceiver, copy: 
     assert sorted(receiver.metrics) == [0, 1, 2]
     assert receiver.ended == ["FINISHED"]
     assert not copy.parent.exists()
+
+
+def test_nothing_is_said_of_a_receiver_that_was_away_unnoticed(receiver: FakeReceiver, copy: Path) -> None:
+    receiver.dead = True
+    sending = make(receiver, copy)
+    sending.put_metrics({"loss": 0.0}, 0)
+    until(lambda: sending._failure is not None)
+    receiver.dead = False
+    until(lambda: 0 in receiver.metrics)
+    sending.close("FINISHED")  # pytest turns a warning into an error
+    assert receiver.ended == ["FINISHED"]
 
 
 def test_one_refused_entry_does_not_hold_up_the_others(receiver: FakeReceiver, copy: Path) -> None:
