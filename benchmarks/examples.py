@@ -1,6 +1,6 @@
 """Run every example in full and write the docs page with what they print.
 
-    python benchmarks/examples.py docs/examples.md
+python benchmarks/examples.py docs/examples.md
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ def section(example: Path) -> str:
     documentation = ast.get_docstring(ast.parse(example.read_text())) or ""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "COLUMNS": "110", "NO_COLOR": "1", "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
+        environment = {
+            **os.environ,
+            "COLUMNS": "110",
+            "NO_COLOR": "1",
+            "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
+        }
         run = subprocess.run(
             [sys.executable, str(example)], cwd=folder, env=environment, capture_output=True, text=True, check=False
         )

@@ -116,7 +116,7 @@ def memory_by_terms(case: Case) -> dict[int, float]:
 
 
 def compare_loop(case: Case, outer_steps: int, inner_steps: int, repeats: int) -> Row:
-    """The whole loop with tracking on, against the loop by hand: time of the run itself and of starting and ending tracking."""
+    """The steps of the whole loop with tracking on, against the loop by hand."""
     ours, theirs = [], []
     with tempfile.TemporaryDirectory() as folder:
         tracking = hi.Tracking(uri=f"sqlite:///{folder}/mlflow.db", local_copy=folder)
@@ -195,10 +195,12 @@ def page(rows: list[Row], memory: dict[int, float]) -> str:
         "",
         "## A hypergradient, against the same loop written by hand",
         "",
-        f"{TERMS} Hessian-vector products on a retained graph in both. The loop by hand has no checks, no functional view of the "
-        "losses, and reports nothing; ours swaps parameters functionally, computes the residual and the direct term.",
+        f"{TERMS} Hessian-vector products on a retained graph in both. The loop by hand has no checks, no functional "
+        "view of the losses, and reports nothing; ours swaps parameters functionally, computes the residual and the "
+        "direct term.",
         "",
-        "| problem | backend | by hand | ours / by hand | allowed | memory, ours / by hand | difference of the result |",
+        "| problem | backend | by hand | ours / by hand | allowed | memory, ours / by hand | difference of the "
+        "result |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -227,7 +229,8 @@ def page(rows: list[Row], memory: dict[int, float]) -> str:
             )
     lines += [
         "",
-        "Time is that of the steps; starting and ending an MLflow run (creating a database, drawing figures) comes once a run.",
+        "Time is that of the steps; starting and ending an MLflow run (creating a database, drawing figures) comes "
+        "once a run.",
         "",
     ]
     return "\n".join(lines)

@@ -1,8 +1,8 @@
 """The problems that the benchmarks share, each as plain PyTorch and as a ``BilevelProblem`` over the same tensors.
 
-P1 logistic regression with a decay per feature, P2 a multilayer perceptron with a decay per layer, P3 a small convolutional
-network with auxiliary loss weights, P4 data cleaning: logistic regression with a weight per sample. Data is generated: what is
-measured here is cost, and it does not depend on what the numbers mean.
+P1 logistic regression with a decay per feature, P2 a multilayer perceptron with a decay per layer, P3 a small
+convolutional network with auxiliary loss weights, P4 data cleaning: logistic regression with a weight per sample. Data
+is generated: what is measured here is cost, and it does not depend on what the numbers mean.
 """
 
 from __future__ import annotations

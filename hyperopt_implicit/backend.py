@@ -53,17 +53,27 @@ class Status(StrEnum):
 
 _REMEDIES = {
     Status.CONVERGED: "The result is as accurate as was asked for.",
-    Status.TRUNCATED: "The work allowed was used up; the residual says how much is missing. Allow more terms, iterations "
-    "or steps where that is too much.",
-    Status.NEGATIVE_CURVATURE: "The training loss curves downwards somewhere, so the model is not at a minimum of it; the "
-    "result stops short of that direction. Train longer before each outer step, add weight decay to the training loss, "
-    "or use a backend with damping ('cg').",
-    Status.DIVERGED: "The iteration grew instead of shrinking, and the last sound iterate was returned. Use a smaller step "
-    "size, or step_size='auto'.",
-    Status.SINGULAR: "The Hessian has no inverse; the solution of least norm leaves a residual. Add weight decay to the training loss, or use a "
-    "backend with damping ('cg').",
-    Status.NON_FINITE: "A loss, a product or a gradient was NaN or infinite. Lower the inner learning rate, clip, or look "
-    "for a division by zero in the losses.",
+    Status.TRUNCATED: (
+        "The work allowed was used up; the residual says how much is missing. Allow more terms, iterations or steps "
+        "where that is too much."
+    ),
+    Status.NEGATIVE_CURVATURE: (
+        "The training loss curves downwards somewhere, so the model is not at a minimum of it; the result stops "
+        "short of that direction. Train longer before each outer step, add weight decay to the training loss, or use "
+        "a backend with damping ('cg')."
+    ),
+    Status.DIVERGED: (
+        "The iteration grew instead of shrinking, and the last sound iterate was returned. Use a smaller step size, or "
+        "step_size='auto'."
+    ),
+    Status.SINGULAR: (
+        "The Hessian has no inverse; the solution of least norm leaves a residual. Add weight decay to the training "
+        "loss, or use a backend with damping ('cg')."
+    ),
+    Status.NON_FINITE: (
+        "A loss, a product or a gradient was NaN or infinite. Lower the inner learning rate, clip, or look for a "
+        "division by zero in the losses."
+    ),
 }
 
 
@@ -144,9 +154,10 @@ class Backend(ABC):
         hidden = problem.hyperparameters.names("optimizer")
         if hidden and self.differentiates == "solution":
             raise BackendError(
-                f"{hidden[0]!r} is a hyperparameter of the inner optimizer, and a stationary point does not depend on how it "
-                f"was reached: backend {type(self).__name__} would see a zero gradient. Use a backend that differentiates "
-                f"through training ({_names_where(lambda b: b.differentiates == 'trajectory')}), or make it a knob."
+                f"{hidden[0]!r} is a hyperparameter of the inner optimizer, and a stationary point does not depend on "
+                f"how it was reached: backend {type(self).__name__} would see a zero gradient. Use a backend that "
+                f"differentiates through training ({_names_where(lambda b: b.differentiates == 'trajectory')}), or "
+                "make it a knob."
             )
 
 
@@ -176,7 +187,8 @@ def validated_options(backend: type[Backend], options: Mapping[str, Any]) -> dic
     for name, value in options.items():
         if name not in adapters:
             raise BackendError(
-                f"{backend.__name__} has no option {name!r}; it has {', '.join(adapters) or 'none'}.{nearest(name, list(adapters))}"
+                f"{backend.__name__} has no option {name!r}; it has "
+                f"{', '.join(adapters) or 'none'}.{nearest(name, list(adapters))}"
             )
         try:
             valid[name] = adapters[name].validate_python(value)

@@ -28,8 +28,8 @@ from hyperopt_implicit.tracking import MODEL_TRAINING_VIEW, Tracking, without_pa
 
 app = typer.Typer(
     name="hyperopt-implicit",
-    help="Gradient-based hyperparameter optimization for PyTorch. Declare hyperparameters in a Python file, then run or "
-    "search it here.",
+    help="Gradient-based hyperparameter optimization for PyTorch. Declare hyperparameters in a Python file, then run "
+    "or search it here.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -190,7 +190,8 @@ def search_command(
     )
     knobs = ", ".join(f"{name} = {_number(value)}" for name, value in found.best_knobs.items())
     out.print(
-        f"best of {len(found.study.trials)} trials: number {found.best_trial}, validation loss {found.best_validation_loss:.6g}, {knobs}"
+        f"best of {len(found.study.trials)} trials: number {found.best_trial}, validation loss "
+        f"{found.best_validation_loss:.6g}, {knobs}"
     )
     out.print(
         f"continue it with --study {found.study.study_name} and a larger --trials", soft_wrap=True, highlight=False
@@ -239,7 +240,8 @@ def ui(
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         raise CommandError(f"there is no store at {uri} yet; log a run first, or name another with --tracking-uri.")
     out.print(
-        f"Runs: http://{host}:{port}/#/experiments{MODEL_TRAINING_VIEW}  (takes some seconds to start; Ctrl-C stops it)",
+        f"Runs: http://{host}:{port}/#/experiments{MODEL_TRAINING_VIEW}  (takes some seconds to start; Ctrl-C stops "
+        "it)",
         soft_wrap=True,
     )
     command = [
@@ -341,8 +343,8 @@ def _print_result(result: Result, start: dict[str, float]) -> None:
     steps = len(result.history)
     where = "" if result.best_step is None else f" at outer step {result.best_step}"
     out.print(
-        f"\nvalidation loss: best {result.best_validation_loss:.6g}{where}, last {result.validation_loss:.6g}; {steps} outer steps in "
-        f"{result.seconds:.1f} s ({result.stop_reason})",
+        f"\nvalidation loss: best {result.best_validation_loss:.6g}{where}, last {result.validation_loss:.6g}; "
+        f"{steps} outer steps in {result.seconds:.1f} s ({result.stop_reason})",
         highlight=False,
     )
 

@@ -23,8 +23,8 @@ def check_data(data: Any, role: str) -> None:
         isinstance(data, tuple) and any(isinstance(x, Tensor) for x in data)
     ):
         raise DataError(
-            f"{role} must be a re-iterable of batches; got a single {type(data).__name__}, which would be iterated row by "
-            f"row. Wrap it in a list, [batch], to use it as one full batch."
+            f"{role} must be a re-iterable of batches; got a single {type(data).__name__}, which would be iterated "
+            "row by row. Wrap it in a list, [batch], to use it as one full batch."
         )
     if isinstance(data, Iterator):
         raise DataError(
@@ -92,5 +92,6 @@ class BatchStream:
 
 def _empty(role: str) -> DataError:
     return DataError(
-        f"{role} must have at least one batch; it is empty. Check the split, the batch size and drop_last of its loader."
+        f"{role} must have at least one batch; it is empty. Check the split, the batch size and drop_last of its "
+        "loader."
     )

@@ -34,8 +34,8 @@ class OuterStep:
         step: its number, from 0.
         training_loss: mean of L over the inner steps (non-finite ones left out).
         validation_loss: F on this step's validation batch.
-        validation_loss_sweep: mean of F over the last pass through the validation data; early stopping and the best step go
-            by it. Equal to ``validation_loss`` where there is one batch.
+        validation_loss_sweep: mean of F over the last pass through the validation data; early stopping and the best
+            step go by it. Equal to ``validation_loss`` where there is one batch.
         hypergradient_norm: over all hyperparameters, before clipping.
         status: how the hypergradient ended.
         iterations: the backend's terms, iterations or steps.
@@ -69,7 +69,7 @@ Callback = Callable[[OuterStep, "BilevelProblem"], bool | None]
 
 @torch.no_grad()
 def summarise(values: Mapping[str, Value]) -> dict[str, float]:
-    """Numbers that stand for hyperparameters: ``name`` for one element, ``name/0`` … up to 20, else min, mean and max."""
+    """Hyperparameters as numbers: ``name`` for one element, ``name/0`` … up to 20, else min, mean and max."""
     numbers: dict[str, float] = {}
     for name, value in values.items():
         flat = flattened(value)
@@ -138,8 +138,8 @@ class Result:
     Attributes:
         problem: the problem, its model trained and its hyperparameters at their last values.
         hyperparameters: the last constrained values.
-        best_hyperparameters: those with which the validation loss was lowest (by ``validation_loss_sweep``, over whole passes;
-            the last ones in a run that is shorter than a pass).
+        best_hyperparameters: those with which the validation loss was lowest (by ``validation_loss_sweep``, over whole
+            passes; the last ones in a run that is shorter than a pass).
         validation_loss: the last step's, by ``validation_loss_sweep``.
         best_validation_loss: the lowest.
         best_step: the outer step at which it was reached; None where no step gave a finite one.

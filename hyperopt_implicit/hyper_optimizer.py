@@ -1,7 +1,7 @@
 """The outer step: a hypergradient, the policy for failed ones, and a ``torch.optim`` step on the hyperparameters.
 
-``HyperOptimizer`` is that step for a training loop of one's own, and ``hypergradient`` is the number alone. The loop that calls
-it, with inner steps around it, is in ``optimize.py``.
+``HyperOptimizer`` is that step for a training loop of one's own, and ``hypergradient`` is the number alone. The loop
+that calls it, with inner steps around it, is in ``optimize.py``.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ def hypergradient(
 ) -> Hypergradient:
     """dF/dλ of a problem as it stands; nothing is changed.
 
-    An implicit backend differentiates at the model's present weights, with the Hessian of the training loss averaged over
-    ``training_batches``; an unrolled one through as many inner steps as there are batches, starting from the present weights.
+    An implicit backend differentiates at the model's present weights, with the Hessian of the training loss averaged
+    over ``training_batches``; an unrolled one through as many inner steps as there are batches, starting from the
+    present weights.
 
     Args:
         problem: the bilevel problem.
@@ -76,9 +77,9 @@ class HyperOptimizer:
         optimizer: a ``torch.optim`` class, or a callable that makes an optimizer from the hyperparameters' tensors.
         backend: a name, a dict of a name and options, or an instance.
         clip: the largest norm of the hypergradient over all hyperparameters; longer ones are scaled down to it.
-        on_failure: what to do when the backend reports a failure (divergence, negative curvature): ``"warn"`` once for each
-            kind and use what was returned, ``"skip"`` the step, or ``"raise"``. A hypergradient that is not finite is never
-            applied: it is skipped, or raises.
+        on_failure: what to do when the backend reports a failure (divergence, negative curvature): ``"warn"`` once for
+            each kind and use what was returned, ``"skip"`` the step, or ``"raise"``. A hypergradient that is not
+            finite is never applied: it is skipped, or raises.
         **options: for the optimizer, such as ``lr``.
 
     Raises:
@@ -92,7 +93,9 @@ class HyperOptimizer:
         >>> model = torch.nn.Linear(1, 1)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> batch = torch.ones(4, 1)
-        >>> problem = hi.BilevelProblem(model, training_loss, lambda model, batch: (model(batch) ** 2).mean(), optimizer=optimizer)
+        >>> def validation_loss(model, batch):
+        ...     return (model(batch) ** 2).mean()
+        >>> problem = hi.BilevelProblem(model, training_loss, validation_loss, optimizer=optimizer)
         >>> outer = hi.HyperOptimizer(problem, torch.optim.Adam, lr=1e-2, backend="cg")
         >>> for step in range(3):
         ...     problem.training_loss(batch).backward()
@@ -120,8 +123,8 @@ class HyperOptimizer:
         _check_tunes_something(problem)
         if isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer):
             raise HyperoptError(
-                f"the outer optimizer must be a torch.optim class, or a callable that makes an optimizer from the hyperparameters' "
-                f"tensors; got an instance of {type(optimizer).__name__}."
+                "the outer optimizer must be a torch.optim class, or a callable that makes an optimizer from the "
+                f"hyperparameters' tensors; got an instance of {type(optimizer).__name__}."
             )
         self.problem = problem
         self.backend = get_backend(backend)
@@ -139,7 +142,8 @@ class HyperOptimizer:
         return self.problem.hyperparameters.values()
 
     def check(self, training_batch: Any, validation_batch: Any) -> None:
-        """Try the losses and their derivatives on one batch each; the first outer step does it where this was not called.
+        """Try the losses and their derivatives on one batch each; the first outer step does it where this was not
+        called.
 
         Raises:
             HyperoptError: what :func:`hyperopt_implicit.preflight.preflight` refuses.
@@ -209,8 +213,8 @@ class HyperOptimizer:
             p.copy_(old)
         self._complain(
             "outer step",
-            "the outer step moved a hyperparameter out of the numbers, or onto the edge of its constraint. Lower the outer "
-            "learning rate, or set clip.",
+            "the outer step moved a hyperparameter out of the numbers, or onto the edge of its constraint. Lower "
+            "the outer learning rate, or set clip.",
             "It was put back",
         )
         return False
@@ -224,7 +228,8 @@ class HyperOptimizer:
         used = self.on_failure == "warn" and result.status is not Status.NON_FINITE
         self._complain(
             result.status,
-            f"hypergradient: {result.status.value} after {result.iterations} iterations{residual}. {result.status.remedy}",
+            f"hypergradient: {result.status.value} after {result.iterations} iterations{residual}. "
+            f"{result.status.remedy}",
             "It was used" if used else "It was not applied",
         )
 
@@ -255,8 +260,8 @@ class HyperOptimizer:
 def _check_tunes_something(problem: BilevelProblem) -> None:
     if not problem.hparams:
         raise ProblemError(
-            "there must be at least one hyperparameter to optimize; none is declared. Put @hyperparameter(name, init=…) "
-            "on the training loss."
+            "there must be at least one hyperparameter to optimize; none is declared. Put @hyperparameter(name, "
+            "init=…) on the training loss."
         )
 
 

@@ -2,8 +2,8 @@
 
 A declaration says what a hyperparameter starts from and what values it may take. The values themselves live in one
 :class:`Hyperparameters` module per problem, unconstrained, so that any ``torch.optim`` optimizer can move them; the
-map to the constrained side is ``torch.distributions.biject_to``, or ``transform_to`` where torch has no bijection. Knobs
-without a gradient live in ``knobs.py``.
+map to the constrained side is ``torch.distributions.biject_to``, or ``transform_to`` where torch has no bijection.
+Knobs without a gradient live in ``knobs.py``.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Declaration:
             )
 
     def _check(self, given: Tensor, value: Tensor) -> None:
-        """Refuse a start outside the constraint, as it was given: rounded to the model's dtype it may miss it by a hair."""
+        """Refuse a start outside the constraint, as given: rounded to the model's dtype it may miss it by a hair."""
         rule = f"hyperparameter {self.name!r}: the initial value must lie strictly inside {self.constraint}"
         shown = value.flatten()[:5].tolist()
         try:
@@ -97,7 +97,7 @@ class Declaration:
 
 
 def _on_edge(value: Tensor, constraint: Constraint) -> bool:
-    """Whether an element sits on a closed bound, where torch's sigmoid and stick-breaking maps clamp to a finite number."""
+    """Whether an element sits on a closed bound, where torch's maps clamp to a finite number."""
     base = getattr(constraint, "base_constraint", constraint)
     bounds = [getattr(base, side, None) for side in ("lower_bound", "upper_bound")]
     if base is constraints.simplex:
@@ -122,8 +122,8 @@ def hyperparameter(
         init: where it starts: a number, a tensor of any shape, an ``nn.Module`` (an auxiliary network is a
             hyperparameter like any other), or a callable ``init(model)`` that returns one of them, for shapes that
             follow the model. Numbers and tensors take the model's dtype and device.
-        constraint: any object of ``torch.distributions.constraints`` for which ``biject_to`` or ``transform_to`` has a map
-            (``positive``, ``interval(0, 1)``, ``simplex``, ``lower_cholesky``, …).
+        constraint: any object of ``torch.distributions.constraints`` for which ``biject_to`` or ``transform_to`` has a
+            map (``positive``, ``interval(0, 1)``, ``simplex``, ``lower_cholesky``, …).
         target: ``"loss"``, or ``"optimizer"`` for a hyperparameter of the inner optimizer. Only backends that
             differentiate through the training steps can see the latter.
 
@@ -267,7 +267,7 @@ class Hyperparameters(nn.Module):
 
     @torch.no_grad()
     def is_inside(self) -> bool:
-        """Whether all values are finite, and none was rounded onto the edge of its constraint, where it could never move."""
+        """Whether all values are finite, and none was rounded onto the edge of its constraint."""
         values = [transform(getattr(self, name)) for name, transform in self._transforms.items()]
         back = [transform.inv(value) for value, transform in zip(values, self._transforms.values(), strict=True)]
         return all(bool(torch.isfinite(x).all()) for x in [*self.parameters(), *values, *back])

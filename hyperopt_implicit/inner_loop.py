@@ -1,7 +1,7 @@
 """Inner training steps: plain ones on the real model, and a trajectory that can be differentiated.
 
-Plain steps are any training loop's. A :class:`Trajectory` walks the same steps on copies, keeps the iterates, and carries an
-adjoint back through them one step at a time, so that no graph is longer than one step.
+Plain steps are any training loop's. A :class:`Trajectory` walks the same steps on copies, keeps the iterates, and
+carries an adjoint back through them one step at a time, so that no graph is longer than one step.
 """
 
 from __future__ import annotations

@@ -91,7 +91,8 @@ def build(found: BilevelProblem | Callable[..., BilevelProblem], knobs: dict[str
     for name in knobs:
         if name not in parameters:
             raise CommandError(
-                f"{found.__name__} has no knob {name!r}; it takes {', '.join(parameters) or 'none'}.{nearest(name, list(parameters))}"
+                f"{found.__name__} has no knob {name!r}; it takes "
+                f"{', '.join(parameters) or 'none'}.{nearest(name, list(parameters))}"
             )
     missing = [
         name
@@ -100,8 +101,8 @@ def build(found: BilevelProblem | Callable[..., BilevelProblem], knobs: dict[str
     ]
     if missing:
         raise CommandError(
-            f"{found.__name__} needs a value for {', '.join(missing)}. Give each with --knob {missing[0]}=VALUE, give it a default "
-            f"in the file, or let 'hyperopt-implicit search' choose it."
+            f"{found.__name__} needs a value for {', '.join(missing)}. Give each with --knob {missing[0]}=VALUE, give "
+            "it a default in the file, or let 'hyperopt-implicit search' choose it."
         )
     problem = found(**knobs)
     if not isinstance(problem, BilevelProblem):

@@ -1,7 +1,7 @@
 """The loop: inner steps, hypergradient, outer step, until done.
 
-What a hypergradient is, and when it may move the hyperparameters, is in ``hyper_optimizer.py``; what becomes of the records is
-in ``tracking.py``.
+What a hypergradient is, and when it may move the hyperparameters, is in ``hyper_optimizer.py``; what becomes of the
+records is in ``tracking.py``.
 """
 
 from __future__ import annotations
@@ -65,27 +65,28 @@ def optimize(
 
     Args:
         problem: the bilevel problem, with training and validation data.
-        backend: how the hypergradient is computed: a name (see ``hyperopt-implicit backends``), a dict of a name and options,
-            or an instance.
+        backend: how the hypergradient is computed: a name (see ``hyperopt-implicit backends``), a dict of a name and
+            options, or an instance.
         outer_steps: how often the hyperparameters move.
-        inner_steps: training steps before each move; a backend that differentiates through training does so through these.
+        inner_steps: training steps before each move; a backend that differentiates through training does so through
+            these.
         warmup_steps: training steps before the first outer step, with the hyperparameters at rest.
-        outer_optimizer: a ``torch.optim`` class, which gets ``lr=outer_lr``, or a callable that makes an optimizer from a list
-            of tensors. It moves unconstrained values.
+        outer_optimizer: a ``torch.optim`` class, which gets ``lr=outer_lr``, or a callable that makes an optimizer
+            from a list of tensors. It moves unconstrained values.
         outer_lr: learning rate of the outer optimizer.
         clip: largest norm of the hypergradient; longer ones are scaled down.
         hessian_batches: training batches over which an implicit backend averages the Hessian.
-        restart: start training anew, from the initial weights and optimizer state, before each outer step. A learning rate is
-            best tuned this way.
-        inner_scheduler: makes a learning-rate scheduler from the inner optimizer; it advances once an outer step. One that
-            watches a loss (``ReduceLROnPlateau``) is given the validation loss.
+        restart: start training anew, from the initial weights and optimizer state, before each outer step. A learning
+            rate is best tuned this way.
+        inner_scheduler: makes a learning-rate scheduler from the inner optimizer; it advances once an outer step. One
+            that watches a loss (``ReduceLROnPlateau``) is given the validation loss.
         outer_scheduler: the same for the outer optimizer.
-        patience: stop after so many outer steps without a lower validation loss, beyond the pass through the validation data
-            over which that is averaged; None never stops early.
+        patience: stop after so many outer steps without a lower validation loss, beyond the pass through the
+            validation data over which that is averaged; None never stops early.
         min_delta: how much lower it must be for ``patience`` to count it; the best is the lowest, by however little.
         keep_best_model: keep a copy of the model's state at the lowest validation loss, in ``Result.best_model_state``.
-        on_failure: what to do when the backend reports a failure: ``"warn"`` once a kind and use what was returned, ``"skip"`` the
-            step, or ``"raise"``. What is not finite is never applied.
+        on_failure: what to do when the backend reports a failure: ``"warn"`` once a kind and use what was returned,
+            ``"skip"`` the step, or ``"raise"``. What is not finite is never applied.
         max_failures: stop after so many outer steps in a row in which nothing could be applied because a loss or a
             gradient was not finite. After each of them the model is put back to where it was before.
         seed: seed of torch's generators during the run; they are put back afterwards. None leaves them alone.
@@ -108,7 +109,8 @@ def optimize(
         >>> def validation_loss(model, batch):
         ...     return ((model.weight - 2.0) ** 2).sum()
         >>> problem = hi.BilevelProblem(
-        ...     torch.nn.Linear(1, 1, bias=False), training_loss, validation_loss, training_data=[0], validation_data=[0],
+        ...     torch.nn.Linear(1, 1, bias=False), training_loss, validation_loss,
+        ...     training_data=[0], validation_data=[0],
         ...     optimizer=lambda params: torch.optim.SGD(params, lr=0.5))
         >>> result = hi.optimize(problem, "cg", outer_steps=200, outer_lr=0.1, tracking=False)
         >>> round(result.hyperparameters["shift"].item(), 2)
@@ -203,7 +205,7 @@ class _Loop:
             train_step(self.problem, self.training.next(), values)
 
     def train(self) -> list[float]:
-        """The inner steps that come before the hypergradient; their losses. None for a backend that takes them itself."""
+        """The inner steps before the hypergradient; their losses. None for a backend that takes them itself."""
         if self._initial is not None:
             self.problem.load_inner_state(self._initial)
         if self.outer.backend.differentiates == "trajectory":
@@ -223,7 +225,8 @@ class _Loop:
 
     def advance_schedules(self, validation_loss: float) -> None:
         with warnings.catch_warnings():
-            # torch misses the optimizer.step() of an outer step that was skipped, and those that an unrolled backend takes
+            # torch misses the optimizer.step() of an outer step that was skipped, and those that an unrolled backend
+            # takes
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
             for scheduler in self.schedulers:
                 if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
@@ -338,8 +341,9 @@ class _Run:
         if self._failures_in_a_row >= self.max_failures:
             self.stop_reason = "too many failed steps"
             warn(
-                f"stopped at outer step {record.step}: {self.max_failures} outer steps in a row gave a loss or a gradient that was "
-                f"not finite. Model and hyperparameters are at their last good state. {Status.NON_FINITE.remedy}"
+                f"stopped at outer step {record.step}: {self.max_failures} outer steps in a row gave a loss or a "
+                "gradient that was not finite. Model and hyperparameters are at their last good state. "
+                f"{Status.NON_FINITE.remedy}"
             )
 
     def _decide(self, step: int, record: OuterStep) -> None:

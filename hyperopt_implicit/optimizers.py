@@ -1,15 +1,17 @@
-"""The inner optimizers' update rules as differentiable functions: torch.optim's own functional forms, with their traps closed.
+"""The inner optimizers' updates as differentiable functions: torch.optim's own functional forms, their traps closed.
 
-A table says, for each optimizer class, which function computes its update, which state it keeps for a parameter, and which
-options can be hyperparameters. ``inner_loop.py`` walks through training with it.
+A table says, for each optimizer class, which function computes its update, which state it keeps for a parameter, and
+which options can be hyperparameters. ``inner_loop.py`` walks through training with it.
 
 Three things in torch.optim stop or corrupt a derivative, and are handled here:
 
-- SGD detaches the gradient that its first momentum buffer is made of: the buffer is prepared so that it is never missing.
-- Adam and its kin take the square root of a second moment that is exactly zero where a gradient has been zero so far, where
-  the derivative is infinite and poisons everything with NaN: the derivative there is taken as zero, its value is unchanged.
-- options enter some updates as Python numbers (``alpha=-lr``), which drop or refuse a graph. Every update is affine in the
-  learning rate, and weight decay only changes the gradient or shrinks the parameter, so both are applied outside.
+- SGD detaches the gradient that its first momentum buffer is made of: the buffer is prepared so that it is never
+  missing.
+- Adam and its kin take the square root of a second moment that is exactly zero where a gradient has been zero so far,
+  where the derivative is infinite and poisons everything with NaN: the derivative there is taken as zero, its value is
+  unchanged.
+- options enter some updates as Python numbers (``alpha=-lr``), which drop or refuse a graph. Every update is affine in
+  the learning rate, and weight decay only changes the gradient or shrinks the parameter, so both are applied outside.
 """
 
 from __future__ import annotations
@@ -130,8 +132,8 @@ def update_rule(optimizer: torch.optim.Optimizer) -> UpdateRule:
     for group in optimizer.param_groups:
         if group.get("amsgrad"):
             raise ProblemError(
-                "differentiating through Adam with amsgrad=True is not supported: torch's functional form changes its running "
-                "maximum in place. Set amsgrad=False, or use an implicit backend ('cg', 'neumann')."
+                "differentiating through Adam with amsgrad=True is not supported: torch's functional form changes "
+                "its running maximum in place. Set amsgrad=False, or use an implicit backend ('cg', 'neumann')."
             )
     return rule
 
@@ -147,14 +149,15 @@ def check_tunable(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> Non
     for name in names:
         if name not in tunable:
             raise ProblemError(
-                f"{name!r} of {type(optimizer).__name__} cannot be a hyperparameter: torch's functional form has no derivative "
-                f"with respect to it. It has one for {', '.join(tunable)}; search {name!r} as a knob instead."
+                f"{name!r} of {type(optimizer).__name__} cannot be a hyperparameter: torch's functional form has no "
+                f"derivative with respect to it. It has one for {', '.join(tunable)}; search {name!r} as a knob "
+                "instead."
             )
         for group in optimizer.param_groups:
             if name == "momentum" and (group.get("nesterov") or group.get("dampening") or not group["momentum"]):
                 raise ProblemError(
-                    "momentum as a hyperparameter needs an inner optimizer with momentum > 0, nesterov=False and dampening=0: "
-                    "torch's functional form has no derivative with respect to it otherwise."
+                    "momentum as a hyperparameter needs an inner optimizer with momentum > 0, nesterov=False and "
+                    "dampening=0: torch's functional form has no derivative with respect to it otherwise."
                 )
 
 

@@ -1,7 +1,8 @@
 """Checks that run once, before any training: a trial of both losses, and of their second derivative where it is needed.
 
-They find what cannot be seen from signatures: losses that raise or are no finite scalars, hyperparameters without influence, and
-operators that cannot be differentiated twice. Nothing is changed: buffers are copies and the generators are put back.
+They find what cannot be seen from signatures: losses that raise or are no finite scalars, hyperparameters without
+influence, and operators that cannot be differentiated twice. Nothing is changed: buffers are copies and the generators
+are put back.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ def preflight(problem: BilevelProblem, backend: Backend, training_batch: Any, va
     for name in used_by_loss:
         if name in unused and backend.needs_second_derivative:
             warn(
-                f"hyperparameter {name!r} influences neither the training gradient nor the validation loss: its gradient is "
-                f"zero and it will stay at its initial value. Use it in a loss, or remove its declaration."
+                f"hyperparameter {name!r} influences neither the training gradient nor the validation loss: its "
+                "gradient is zero and it will stay at its initial value. Use it in a loss, or remove its declaration."
             )
 
 
@@ -85,8 +86,8 @@ def _running(problem: BilevelProblem, role: str, batch: Any) -> Iterator[None]:
         where = f" (line {lines[-1]} of {Path(file).name})" if lines else ""
         shapes = [f"{name} of shape {_shapes(value)}" for name, value in problem.hyperparameters("loss").items()]
         raise ProblemError(
-            f"{role} must run on the first batch; it raised {type(error).__name__}: {first_line(error)}{where}. It was given "
-            f"{', '.join([f'a batch of shape {_shapes(batch)}', *shapes])}."
+            f"{role} must run on the first batch; it raised {type(error).__name__}: {first_line(error)}{where}. It "
+            f"was given {', '.join([f'a batch of shape {_shapes(batch)}', *shapes])}."
         ) from error
 
 
@@ -100,15 +101,16 @@ def _check_number(loss: Tensor, role: str) -> None:
         raise LossError(f"{role} must return a floating-point scalar; got dtype {loss.dtype}.")
     if not bool(torch.isfinite(loss)):
         raise LossError(
-            f"{role} must be finite at the start; it is {float(loss.detach())} on the first batch. Look for logarithms or divisions by "
-            f"zero, and for values outside the range that the loss expects."
+            f"{role} must be finite at the start; it is {float(loss.detach())} on the first batch. Look for "
+            "logarithms or divisions by zero, and for values outside the range that the loss expects."
         )
 
 
 def _check_graph(loss: Tensor, params: Params) -> list[Tensor]:
     missing = LossError(
-        "training_loss must depend on the parameters that the inner optimizer holds; its result has no graph to any of them. "
-        "Look for .detach(), .item() or torch.no_grad() in it, and use the model that the loss is given, not another."
+        "training_loss must depend on the parameters that the inner optimizer holds; its result has no graph to any "
+        "of them. Look for .detach(), .item() or torch.no_grad() in it, and use the model that the loss is given, "
+        "not another."
     )
     if not loss.requires_grad:
         raise missing
@@ -143,9 +145,9 @@ def _try_second_derivative(
     except (RuntimeError, NotImplementedError) as error:
         name, where = _culprit(problem, batch, str(error))
         raise SecondDerivativeError(
-            f"this backend differentiates the training loss twice, and {name} in {where} has no second derivative. Replace it "
-            f"by an equivalent that has one, or use a backend that does without ({backends_without_second_derivative()}). "
-            f"(torch says: {str(error).splitlines()[0]})"
+            f"this backend differentiates the training loss twice, and {name} in {where} has no second derivative. "
+            "Replace it by an equivalent that has one, or use a backend that does without "
+            f"({backends_without_second_derivative()}). (torch says: {str(error).splitlines()[0]})"
         ) from error
 
 
@@ -176,7 +178,9 @@ class _Recorder(TorchDispatchMode):
 
     def __enter__(self) -> _Recorder:
         for name, module in self._modules.items():
-            label = f"module {name!r} ({type(module).__name__})" if name else f"the model itself ({type(module).__name__})"
+            label = (
+                f"module {name!r} ({type(module).__name__})" if name else f"the model itself ({type(module).__name__})"
+            )
             self._handles.append(module.register_forward_pre_hook(lambda *_, label=label: self._stack.append(label)))
             self._handles.append(module.register_forward_hook(lambda *_: self._stack.pop() and None, always_call=True))
         super().__enter__()

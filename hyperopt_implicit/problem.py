@@ -34,7 +34,7 @@ OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 @dataclass
 class InnerState:
-    """A copy of all that inner training changes: trained parameters, buffers, and the optimizer's state by parameter."""
+    """A copy of all that inner training changes: parameters, buffers, and the optimizer's state by parameter."""
 
     params: Params
     buffers: Params
@@ -63,8 +63,9 @@ class BilevelProblem:
             runs in the modes (train or eval, module by module) in which the model was handed over.
         validation_loss: ``F(model, batch)``, a scalar; it may take hyperparameters by keyword as well, and its direct
             dependence on them is part of every hypergradient. It runs with the model in eval mode.
-        training_data: a re-iterable of batches (a DataLoader, a list of tensors); only :func:`hyperopt_implicit.optimize`
-            needs it. Batches are moved to the model's device, whatever their nesting.
+        training_data: a re-iterable of batches (a DataLoader, a list of tensors); only
+            :func:`hyperopt_implicit.optimize` needs it. Batches are moved to the model's device, whatever their
+            nesting.
         validation_data: the same, for the validation loss.
         optimizer: a factory of the inner optimizer, called with the list of the model's trainable parameters, or an
             optimizer that exists already. The parameters that it holds are w; others stay as they are.
@@ -145,7 +146,8 @@ class BilevelProblem:
     def weight_decays(self) -> dict[str, float]:
         """What the inner optimizer adds to ∂L/∂w, by parameter, as a multiple of w; those without are left out.
 
-        A decay that is coupled to the gradient (all of torch.optim's but AdamW's) moves the minimum as a term of L would.
+        A decay that is coupled to the gradient (all of torch.optim's but AdamW's) moves the minimum as a term of L
+        would.
         """
         names = {id(p): name for name, p in self._params.items()}
         return {
@@ -181,8 +183,8 @@ class BilevelProblem:
         data = self.training_data if role == "training_data" else self.validation_data
         if data is None:
             raise ProblemError(
-                f"this needs the problem's {role}, and BilevelProblem was built without; pass {role}=, a list of batches "
-                f"or a DataLoader, or hand over the batches yourself through HyperOptimizer.step."
+                f"this needs the problem's {role}, and BilevelProblem was built without; pass {role}=, a list of "
+                "batches or a DataLoader, or hand over the batches yourself through HyperOptimizer.step."
             )
         return BatchStream(data, self.device, role)
 
@@ -312,8 +314,9 @@ def _check_options(hyperparameters: Hyperparameters, optimizer: torch.optim.Opti
             options += ["beta1", "beta2"] if "betas" in group else []
             if name not in options:
                 raise DeclarationError(
-                    f"a hyperparameter with target='optimizer' must be a numeric option of the inner optimizer; "
-                    f"{type(optimizer).__name__} has {', '.join(sorted(options))}, not {name!r}.{nearest(name, options)}"
+                    "a hyperparameter with target='optimizer' must be a numeric option of the inner optimizer; "
+                    f"{type(optimizer).__name__} has {', '.join(sorted(options))}, not "
+                    f"{name!r}.{nearest(name, options)}"
                 )
 
 
@@ -331,8 +334,9 @@ def _match(declarations: tuple[Declaration, ...], losses: dict[str, Callable[...
     for name in for_losses:
         if not any(name in each for each in taken.values()):
             raise DeclarationError(
-                f"a hyperparameter must be a keyword of a loss; neither training_loss nor validation_loss takes {name!r}. "
-                f"Add it to the signature, or declare it with target='optimizer' if the inner optimizer uses it."
+                "a hyperparameter must be a keyword of a loss; neither training_loss nor validation_loss takes "
+                f"{name!r}. Add it to the signature, or declare it with target='optimizer' if the inner optimizer "
+                "uses it."
             )
     for role, loss in losses.items():
         required = [
@@ -343,7 +347,8 @@ def _match(declarations: tuple[Declaration, ...], losses: dict[str, Callable[...
         missing = [name for name in required if name not in for_losses]
         if missing:
             raise DeclarationError(
-                f"every keyword of a loss needs a declaration or a default; {role} takes {missing[0]!r}, which has neither. "
+                f"every keyword of a loss needs a declaration or a default; {role} takes {missing[0]!r}, which has "
+                "neither. "
                 f'Add @hyperparameter("{missing[0]}", init=…) to it, or give it a default.'
             )
     return taken

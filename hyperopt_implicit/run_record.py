@@ -98,7 +98,7 @@ def source_tags(source: Path | None) -> dict[str, str]:
 
 
 def files_of(result: Result, folder: Path, *, save_state: bool) -> Iterator[tuple[Path, str | None]]:
-    """Write a run's files into a folder: figures, history, values and states; gives each with its place among the artifacts."""
+    """Write figures, history, values and states into a folder; gives each file with its place among the artifacts."""
     if not len(result.history):
         return
     drawn = {

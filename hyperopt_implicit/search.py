@@ -1,7 +1,7 @@
 """Search: Optuna outside, gradients inside.
 
-Optuna proposes the knobs of a trial; within it, everything with a gradient is trained by ``optimize.py``. Samplers, pruners and
-storages are Optuna's own.
+Optuna proposes the knobs of a trial; within it, everything with a gradient is trained by ``optimize.py``. Samplers,
+pruners and storages are Optuna's own.
 """
 
 from __future__ import annotations
@@ -75,15 +75,16 @@ def search(
 ) -> SearchResult:
     """Search the knobs of a problem builder with Optuna; each trial trains its hyperparameters by gradient.
 
-    A trial's value is the lowest validation loss of its run. The validation loss of every outer step is reported to Optuna,
-    which may prune the trial there. In MLflow the search is one run, with one nested run for each trial.
+    A trial's value is the lowest validation loss of its run. The validation loss of every outer step is reported to
+    Optuna, which may prune the trial there. In MLflow the search is one run, with one nested run for each trial.
 
     Args:
-        builder: a function with :func:`knob` declarations that returns a :class:`BilevelProblem`. Keywords without a knob keep
-            their defaults.
-        backend: as for :func:`optimize`; or an Optuna distribution over names; or a dict with ``"name"`` and options, any of
-            which may be a distribution. An option is given to those of the backends that have it.
-        n_trials: how many trials the study shall have when the search is over; a study that is continued counts those it has.
+        builder: a function with :func:`knob` declarations that returns a :class:`BilevelProblem`. Keywords without a
+            knob keep their defaults.
+        backend: as for :func:`optimize`; or an Optuna distribution over names; or a dict with ``"name"`` and options,
+            any of which may be a distribution. An option is given to those of the backends that have it.
+        n_trials: how many trials the study shall have when the search is over; a study that is continued counts those
+            it has.
         study_name: a study of that name in the storage is continued; None begins a new one.
         storage: any Optuna storage URL; None keeps the study in memory.
         sampler: any Optuna sampler; by default TPE with ``seed``.
@@ -96,8 +97,8 @@ def search(
     Raises:
         SearchError: there are no knobs, the storage cannot be used, the study was begun with other knobs, or no trial
             finished.
-        HyperoptError: what :func:`optimize` raises for a problem that can never work. A trial in which a loss is not finite
-            is recorded as failed instead, and the search goes on.
+        HyperoptError: what :func:`optimize` raises for a problem that can never work. A trial in which a loss is not
+            finite is recorded as failed instead, and the search goes on.
 
     Example:
         >>> import torch, hyperopt_implicit as hi
@@ -108,9 +109,12 @@ def search(
         >>> @hi.knob("inner_lr", FloatDistribution(0.01, 0.5))
         ... def problem(*, inner_lr):
         ...     return hi.BilevelProblem(
-        ...         torch.nn.Linear(1, 1, bias=False), training_loss, lambda model, batch: ((model.weight - 2.0) ** 2).sum(),
-        ...         training_data=[0], validation_data=[0], optimizer=lambda params: torch.optim.SGD(params, lr=inner_lr))
-        >>> found = hi.search(problem, "cg", n_trials=3, storage=None, seed=0, tracking=False, outer_steps=20, outer_lr=0.1)
+        ...         torch.nn.Linear(1, 1, bias=False), training_loss,
+        ...         lambda model, batch: ((model.weight - 2.0) ** 2).sum(),
+        ...         training_data=[0], validation_data=[0],
+        ...         optimizer=lambda params: torch.optim.SGD(params, lr=inner_lr))
+        >>> found = hi.search(
+        ...     problem, "cg", n_trials=3, storage=None, seed=0, tracking=False, outer_steps=20, outer_lr=0.1)
         >>> list(found.best_knobs), len(found.study.trials)
         (['inner_lr'], 3)
     """
@@ -122,8 +126,8 @@ def search(
     distributions = {**{each.name: each.distribution for each in knobs_of(builder)}, **backend_distributions}
     if not distributions:
         raise SearchError(
-            f"a search needs at least one knob; {getattr(builder, '__name__', builder)!r} has none. Put @knob(name, distribution) on "
-            f"it, or call optimize, which needs none."
+            f"a search needs at least one knob; {getattr(builder, '__name__', builder)!r} has none. Put @knob(name, "
+            "distribution) on it, or call optimize, which needs none."
         )
     study = _open_study(storage, study_name, sampler, pruner, seed, distributions)
     config = resolve(tracking)
@@ -358,7 +362,8 @@ def _remaining(study: Study, n_trials: int) -> int:
     done = sum(trial.state.is_finished() for trial in study.trials)
     if done >= n_trials:
         warn(
-            f"study {study.study_name!r} already has {done} trials, and n_trials={n_trials} asks for no more; raise it to go on."
+            f"study {study.study_name!r} already has {done} trials, and n_trials={n_trials} asks for no more; raise "
+            "it to go on."
         )
     return max(n_trials - done, 0)
 

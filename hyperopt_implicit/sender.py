@@ -1,7 +1,7 @@
 """A buffer between a training loop and a slow or dying receiver: the caller never waits, and nothing is lost silently.
 
-Entries are put by the caller and sent by a thread of its own, in order; an entry leaves the buffer only once it was sent. What
-MLflow has to do with it is in ``tracking.py``.
+Entries are put by the caller and sent by a thread of its own, in order; an entry leaves the buffer only once it was
+sent. What MLflow has to do with it is in ``tracking.py``.
 """
 
 from __future__ import annotations

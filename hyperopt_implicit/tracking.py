@@ -1,6 +1,7 @@
 """MLflow: runs, nested runs and what goes into them. The only file that imports mlflow.
 
-What is said about a run is in ``run_record.py``; the buffer that keeps a slow server from holding up a run, in ``sender.py``.
+What is said about a run is in ``run_record.py``; the buffer that keeps a slow server from holding up a run, in
+``sender.py``.
 """
 
 from __future__ import annotations
@@ -83,8 +84,8 @@ class Tracking:
 class Tracker:
     """One MLflow run, or none at all.
 
-    The run begins when the tracker is made; where that fails, the run that is tracked goes on with a warning, and all that
-    would have been sent ends in a file.
+    The run begins when the tracker is made; where that fails, the run that is tracked goes on with a warning, and all
+    that would have been sent ends in a file.
 
     Args:
         config: where and how; None tracks nothing.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_implicit.implicit import ImplicitBackend, Solution
-from hyperopt_implicit.oracles import DenseOperator
+from hyperopt_implicit.testing.oracles import DenseOperator
 from hyperopt_implicit.vectors import Params
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import hyperopt_implicit as hi
-from hyperopt_implicit.assertions import assert_close
 from hyperopt_implicit.operators import Hessian
-from hyperopt_implicit.oracles import train_to_minimum
-from hyperopt_implicit.specimens import Linear, regression_data, ridge_problem
 from hyperopt_implicit.testing import BackendConformance
+from hyperopt_implicit.testing.assertions import assert_close
+from hyperopt_implicit.testing.oracles import train_to_minimum
+from hyperopt_implicit.testing.specimens import Linear, regression_data, ridge_problem
 from hyperopt_implicit.vectors import scale_
 from hyperopt_implicit_backends import Exact, Unrolled
 

@@ -12,11 +12,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hyperopt_implicit as hi
-from hyperopt_implicit.assertions import assert_close, assert_unchanged
 from hyperopt_implicit.inner_loop import train_step
 from hyperopt_implicit.operators import Hessian, validation_gradients
-from hyperopt_implicit.oracles import dense_derivatives, finite_differences, flatten, implicit_hypergradient, unflatten
-from hyperopt_implicit.specimens import (
+from hyperopt_implicit.testing.assertions import assert_close, assert_unchanged
+from hyperopt_implicit.testing.oracles import (
+    dense_derivatives,
+    finite_differences,
+    flatten,
+    implicit_hypergradient,
+    unflatten,
+)
+from hyperopt_implicit.testing.specimens import (
     Linear,
     gradient_descent,
     half_mean_square,

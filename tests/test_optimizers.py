@@ -15,10 +15,10 @@ from torch.distributions import constraints
 from torch.optim import SGD
 
 import hyperopt_implicit as hi
-from hyperopt_implicit.assertions import assert_close, assert_finite, same
 from hyperopt_implicit.inner_loop import Trajectory, train_step
-from hyperopt_implicit.oracles import finite_differences, unrolled_hypergradient
-from hyperopt_implicit.specimens import network_problem, regression_data, ridge_problem, seeded
+from hyperopt_implicit.testing.assertions import assert_close, assert_finite, same
+from hyperopt_implicit.testing.oracles import finite_differences, unrolled_hypergradient
+from hyperopt_implicit.testing.specimens import network_problem, regression_data, ridge_problem, seeded
 from hyperopt_implicit_backends import Unrolled
 
 pytestmark = pytest.mark.usefixtures("float64")

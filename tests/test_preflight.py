@@ -8,9 +8,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hyperopt_implicit as hi
-from hyperopt_implicit.assertions import assert_unchanged
 from hyperopt_implicit.preflight import preflight
-from hyperopt_implicit.specimens import TRAINING, VALIDATION, Linear, gradient_descent, half_mean_square, ridge_problem
+from hyperopt_implicit.testing.assertions import assert_unchanged
+from hyperopt_implicit.testing.specimens import (
+    TRAINING,
+    VALIDATION,
+    Linear,
+    gradient_descent,
+    half_mean_square,
+    ridge_problem,
+)
 
 
 def bag_loss(model, batch, *, decay):

@@ -9,7 +9,7 @@ import torch
 
 import hyperopt_implicit as hi
 from hyperopt_implicit.backend import Status
-from hyperopt_implicit.specimens import quadratic_problem
+from hyperopt_implicit.testing.specimens import quadratic_problem
 from hyperopt_implicit_backends import ConjugateGradient, Exact, Neumann
 
 from .matrices import (

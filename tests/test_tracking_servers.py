@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -24,6 +27,8 @@ from hyperopt_implicit.errors import HyperoptWarning
 from hyperopt_implicit.tracking import RunTracker, run_link, without_password
 
 from .ridge import ridge
+
+REFUSED = f"[Errno {errno.ECONNREFUSED}] {os.strerror(errno.ECONNREFUSED)}"
 
 
 def optimize(uri: str, **options: Any) -> hi.Result:
@@ -57,7 +62,7 @@ def test_unreachable_server_costs_a_warning_and_leaves_a_complete_copy(workplace
         warnings.simplefilter("always")
         result = optimize(f"http://127.0.0.1:{port}")
     assert [each.category for each in caught] == [HyperoptWarning, HyperoptWarning]
-    start = f"MLflow tracking: http://127.0.0.1:{port} could not be used ([Errno 111] Connection refused)"
+    start = f"MLflow tracking: http://127.0.0.1:{port} could not be used ({REFUSED})"
     assert str(caught[0].message) == f"{start}. The run itself is not affected."
     (copy,) = copies(workplace)
     assert str(caught[1].message) == (
@@ -176,9 +181,6 @@ def server(workplace: Path, port: int) -> Iterator[tuple[subprocess.Popen[bytes]
 
 def stop(process: subprocess.Popen[bytes]) -> None:
     """End a server with its workers."""
-    import os
-    import signal
-
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

@@ -24,8 +24,8 @@ class Exact(ImplicitBackend):
     """Dense solve: exact up to rounding, for models of up to a few thousand parameters.
 
     Forms H column by column, one product each, and solves (H + δI) u = v through its eigendecomposition, so that an
-    indefinite Hessian is solved as well as a definite one. Where H is singular the solution of least norm is returned, with
-    status ``singular`` if a residual is left.
+    indefinite Hessian is solved as well as a definite one. Where H is singular the solution of least norm is returned,
+    with status ``singular`` if a residual is left.
 
     Cost: as many products as parameters, time cubic and memory quadratic in them; larger models than ``max_parameters``
     are refused before any training.

@@ -21,22 +21,23 @@ _ROUNDING = 1.0 + 1e-6  # growth of the residual that float32 rounding alone can
 class Neumann(ImplicitBackend):
     """Truncated Neumann series: fixed cost, a bias that shrinks geometrically.
 
-    u_K = α Σ_{k<K} (I − αH)^k v, which converges to H⁻¹v where H is positive definite and 0 < α < 2/λ_max, with error at
-    most (1 − α·λ_min)^K for α ≤ 1/λ_max. Stopping early damps the directions of small curvature, which is why few terms
-    behave well far from convergence.
+    u_K = α Σ_{k<K} (I − αH)^k v, which converges to H⁻¹v where H is positive definite and 0 < α < 2/λ_max, with error
+    at most (1 − α·λ_min)^K for α ≤ 1/λ_max. Stopping early damps the directions of small curvature, which is why few
+    terms behave well far from convergence.
 
-    With ``step_size="auto"``, α = 1/λ_max with λ_max from power iteration: eight products at the first call, one at each
-    call after that, carried from step to step so that it follows the training; where it was underestimated so far that the
-    series would grow, α is lowered on the way at no further cost.
+    With ``step_size="auto"``, α = 1/λ_max with λ_max from power iteration: eight products at the first call, one at
+    each call after that, carried from step to step so that it follows the training; where it was underestimated so far
+    that the series would grow, α is lowered on the way at no further cost.
 
     The residual after K terms is (I − αH)^K v and is known exactly from the K-th product. It can only shrink while H is
-    positive semi-definite and α < 2/λ_max, so the first growth ends the series: the best iterate is returned with status
-    ``diverged`` (α too large) or ``negative curvature``.
+    positive semi-definite and α < 2/λ_max, so the first growth ends the series: the best iterate is returned with
+    status ``diverged`` (α too large) or ``negative curvature``.
 
     Cost: ``terms`` products, plus those of the power iteration; memory for three vectors.
 
     References:
-        Lorraine, Vicol, Duvenaud, "Optimizing Millions of Hyperparameters by Implicit Differentiation", AISTATS 2020, eq. 5.
+        Lorraine, Vicol, Duvenaud, "Optimizing Millions of Hyperparameters by Implicit Differentiation", AISTATS 2020,
+            equation 5.
         Navon et al., "Auxiliary Learning by Implicit Differentiation", ICLR 2021, algorithm 1.
 
     Example:

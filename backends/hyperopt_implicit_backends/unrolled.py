@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 class Unrolled(Backend):
     """Reverse-mode differentiation through the inner optimizer's steps; sees its hyperparameters too.
 
-    With w_{t+1} = Φ(w_t, λ), dF/dλ = ∂F/∂λ + Σ_t (∂Φ/∂λ)ᵀ p_t where p_T = ∂F/∂w and p_{t−1} = (∂Φ/∂w)ᵀ p_t. It is exact for
-    the steps taken, converged or not, and treats the weights at their beginning as given. Φ is the update of torch.optim's own
-    functional forms: SGD (momentum, Nesterov, weight decay), Adam, AdamW, RMSprop, Adagrad, NAdam, RAdam, Adadelta.
+    With w_{t+1} = Φ(w_t, λ), dF/dλ = ∂F/∂λ + Σ_t (∂Φ/∂λ)ᵀ p_t where p_T = ∂F/∂w and p_{t−1} = (∂Φ/∂w)ᵀ p_t. It is
+    exact for the steps taken, converged or not, and treats the weights at their beginning as given. Φ is the update of
+    torch.optim's own functional forms: SGD (momentum, Nesterov, weight decay), Adam, AdamW, RMSprop, Adagrad, NAdam,
+    RAdam, Adadelta.
 
-    ``last=k`` differentiates the last k steps only: memory for k iterates, and an error that falls like the contraction of
-    training over k steps (Shaban et al., proposition 3.1). It keeps the direction for weight decays and loss weights, but can
-    get the sign of a learning rate's gradient wrong.
+    ``last=k`` differentiates the last k steps only: memory for k iterates, and an error that falls like the
+    contraction of training over k steps (Shaban et al., proposition 3.1). It keeps the direction for weight decays and
+    loss weights, but can get the sign of a learning rate's gradient wrong.
 
     Cost: each step differentiated takes about one Hessian-vector product more than a plain step; memory for one iterate
     (parameters and optimizer state) a step and the graph of a single step.

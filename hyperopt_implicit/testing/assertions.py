@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from hyperopt_implicit.backend import State
-from hyperopt_implicit.oracles import flatten
 from hyperopt_implicit.problem import BilevelProblem
+from hyperopt_implicit.testing.oracles import flatten
 from hyperopt_implicit.vectors import Params
 
 

@@ -18,7 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from hyperopt_implicit.assertions import (
+from hyperopt_implicit.backend import Backend, Hypergradient, State, Status
+from hyperopt_implicit.errors import BackendError, HyperoptWarning
+from hyperopt_implicit.hyper_optimizer import hypergradient
+from hyperopt_implicit.hyperparameters import hyperparameter
+from hyperopt_implicit.implicit import ImplicitBackend
+from hyperopt_implicit.inner_loop import train_step
+from hyperopt_implicit.problem import BilevelProblem
+from hyperopt_implicit.testing.assertions import (
     assert_close,
     assert_finite,
     assert_unchanged,
@@ -26,13 +33,7 @@ from hyperopt_implicit.assertions import (
     same,
     saved_and_loaded,
 )
-from hyperopt_implicit.backend import Backend, Hypergradient, State, Status
-from hyperopt_implicit.errors import BackendError, HyperoptWarning
-from hyperopt_implicit.hyper_optimizer import hypergradient
-from hyperopt_implicit.hyperparameters import hyperparameter
-from hyperopt_implicit.implicit import ImplicitBackend
-from hyperopt_implicit.inner_loop import train_step
-from hyperopt_implicit.oracles import (
+from hyperopt_implicit.testing.oracles import (
     DenseOperator,
     dense_derivatives,
     finite_differences,
@@ -40,8 +41,7 @@ from hyperopt_implicit.oracles import (
     train_to_minimum,
     unrolled_hypergradient,
 )
-from hyperopt_implicit.problem import BilevelProblem
-from hyperopt_implicit.specimens import (
+from hyperopt_implicit.testing.specimens import (
     TRAINING,
     VALIDATION,
     Batch,

@@ -98,7 +98,8 @@ def ridge_problem(
 def half_mean_square(model: nn.Module, batch: Batch) -> Tensor:
     """½ mean (f(x) − y)²."""
     x, y = batch
-    return 0.5 * (model(x).reshape(y.shape) - y).square().mean()
+    prediction: Tensor = model(x)
+    return 0.5 * (prediction.reshape(y.shape) - y).square().mean()
 
 
 def ridge_truth(
@@ -156,7 +157,8 @@ def network_problem(model: nn.Module, *, decay: float = 0.1) -> BilevelProblem:
     @hyperparameter("decay", init=decay, constraint=constraints.positive)
     def training_loss(model: nn.Module, batch: Batch, *, decay: Tensor, first: Tensor) -> Tensor:
         x, y = batch
-        squares = (model(x).reshape(y.shape) - y).square()
+        prediction: Tensor = model(x)
+        squares = (prediction.reshape(y.shape) - y).square()
         half = len(y) // 2
         penalty = torch.stack([(p - p0).square().sum() for p, p0 in zip(model.parameters(), start, strict=True)]).sum()
         return (first * squares[:half].sum() + squares[half:].sum()) / len(y) + 0.5 * decay * penalty
