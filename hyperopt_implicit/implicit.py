@@ -5,6 +5,7 @@ Every backend that rests on it derives from :class:`ImplicitBackend` and writes 
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -60,9 +61,10 @@ class ImplicitBackend(Backend):
     ) -> Hypergradient:
         validation_loss, vector, direct = validation_gradients(problem, validation_batch)
         hessian = Hessian(problem, training_batches)
-        if not (is_finite(vector) and is_finite(hessian.gradient)):
+        size = norm(vector)
+        if not (math.isfinite(size) and is_finite(hessian.gradient)):
             status, iterations, residual, gradients = Status.NON_FINITE, 0, float("nan"), direct
-        elif norm(vector) == 0.0:  # F does not depend on w here: nothing to solve
+        elif size == 0.0:  # F does not depend on w here: nothing to solve
             status, iterations, residual, gradients = Status.CONVERGED, 0, 0.0, direct
         else:
             with torch.no_grad():

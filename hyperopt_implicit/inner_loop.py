@@ -146,7 +146,7 @@ class Trajectory:
         *,
         graph: bool,
     ) -> tuple[Tensor, Params, dict[str, Slots]]:
-        with torch.enable_grad(), twice_differentiable():
+        with torch.enable_grad(), twice_differentiable(self._problem):
             leaves = params if graph else {name: p.detach().requires_grad_() for name, p in params.items()}
             loss = self._problem.functional_training_loss(leaves, hparams, batch, buffers)
             grads = torch.autograd.grad(loss, list(leaves.values()), create_graph=graph, allow_unused=True)

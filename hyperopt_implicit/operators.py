@@ -7,8 +7,8 @@ The Hessian is never formed here. Its products run backward through the stored g
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -39,11 +39,14 @@ class LinearOperator(ABC):
         """The product, not to be changed in place: two of its tensors may be the same memory."""
 
 
-@contextmanager
-def twice_differentiable() -> Iterator[None]:
+def twice_differentiable(problem: BilevelProblem) -> AbstractContextManager[object]:
     """Inside, operators that have a twice differentiable form use it: unfused attention and weight norm."""
-    with sdpa_kernel(SDPBackend.MATH), _UnfusedWeightNorm():
-        yield
+    if not problem.has_weight_norm:  # a mode is felt by every operator of the loss, so only where it is needed
+        return sdpa_kernel(SDPBackend.MATH)
+    stack = ExitStack()
+    stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+    stack.enter_context(_UnfusedWeightNorm())
+    return stack
 
 
 class _UnfusedWeightNorm(TorchFunctionMode):
@@ -80,7 +83,7 @@ class Hessian(LinearOperator):
     def __init__(self, problem: BilevelProblem, training_batches: Sequence[Any]) -> None:
         self._params = {name: p.detach().requires_grad_() for name, p in problem.params.items()}
         self._hparams = {name: p.detach().requires_grad_() for name, p in problem.hparams.items()}
-        with torch.enable_grad(), twice_differentiable():  # the caller may be inside torch.no_grad()
+        with torch.enable_grad(), twice_differentiable(problem):  # the caller may be inside torch.no_grad()
             losses = [
                 problem.functional_training_loss(self._params, self._hparams, batch) for batch in training_batches
             ]

@@ -46,7 +46,7 @@ def preflight(problem: BilevelProblem, backend: Backend, training_batch: Any, va
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         params = {name: p.detach().requires_grad_() for name, p in problem.params.items()}
         hparams = {name: p.detach().requires_grad_() for name, p in problem.hparams.items()}
-        with twice_differentiable(), _running(problem, "training_loss", training_batch):
+        with twice_differentiable(problem), _running(problem, "training_loss", training_batch):
             training = problem.functional_training_loss(params, hparams, training_batch)
         with _running(problem, "validation_loss", validation_batch):
             validation = problem.functional_validation_loss(params, hparams, validation_batch)

@@ -74,6 +74,7 @@ class BilevelProblem:
         model: the model given.
         hyperparameters: the :class:`Hyperparameters` module that holds λ.
         optimizer: the inner optimizer.
+        has_weight_norm: whether a weight of the model or of a hyperparameter is normalised by ``weight_norm``.
 
     Raises:
         ProblemError: nothing in the model requires grad, the optimizer holds foreign parameters, or a loss takes a
@@ -128,6 +129,7 @@ class BilevelProblem:
         _check_options(self.hyperparameters, self.optimizer)
         self._bound = _Bound(model, self.hyperparameters)
         self._has_ties = _has_ties(self._bound)
+        self.has_weight_norm = _has_weight_norm(self._bound)
         self.sync_optimizer()
 
     # ------------------------------------------------------------------------------------------------ what it is
@@ -385,6 +387,11 @@ def _trained_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) -> d
     if not params:
         raise ProblemError("the inner optimizer must hold a parameter with requires_grad=True; it holds none.")
     return params
+
+
+def _has_weight_norm(module: nn.Module) -> bool:
+    parts = [part for each in module.modules() for part in (each, *each._forward_pre_hooks.values())]
+    return any(type(part).__name__ in ("_WeightNorm", "WeightNorm") for part in parts)
 
 
 def _has_ties(module: nn.Module) -> bool:
