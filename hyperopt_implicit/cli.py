@@ -58,6 +58,10 @@ Clip = Annotated[float | None, typer.Option(help="Largest norm of the hypergradi
 HessianBatches = Annotated[int, typer.Option(help="Training batches over which the Hessian is averaged.")]
 Patience = Annotated[int | None, typer.Option(help="Stop after so many outer steps without a lower validation loss.")]
 Seed = Annotated[int | None, typer.Option(help="Seed for building the problem and for the run.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(help="Threads for torch; 1 is often fastest for small models."),
+]
 Device = Annotated[str | None, typer.Option(help="Where to train: cpu, cuda, cuda:1, mps.")]
 Uri = Annotated[
     str | None,
@@ -91,6 +95,7 @@ def run(
     patience: Patience = None,
     seed: Seed = None,
     device: Device = None,
+    threads: Threads = None,
     tracking_uri: Uri = None,
     experiment: Experiment = None,
     run_name: RunName = None,
@@ -103,6 +108,7 @@ def run(
     """
     found = get_backend(backend, **_pairs(option, "--option"))
     _check_device(device)
+    _set_threads(threads)
     if seed is not None:
         torch.manual_seed(seed)
     built = build(find_problem(load_file(file), problem), _pairs(knob, "--knob"))
@@ -144,6 +150,7 @@ def search_command(
     patience: Patience = None,
     seed: Seed = None,
     device: Device = None,
+    threads: Threads = None,
     tracking_uri: Uri = None,
     experiment: Experiment = None,
     run_name: RunName = None,
@@ -156,6 +163,7 @@ def search_command(
     """
     spec = get_backend(backend, **_pairs(option, "--option"))
     _check_device(device)
+    _set_threads(threads)
     builder = find_problem(load_file(file), problem)
     if isinstance(builder, BilevelProblem):
         raise CommandError(
@@ -309,6 +317,14 @@ def _check_device(device: str | None) -> None:
         torch.empty((), device=device)
     except (RuntimeError, AssertionError) as error:
         raise CommandError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is None:
+        return
+    if threads < 1:
+        raise CommandError(f"--threads must be a whole number of at least 1; got {threads}.")
+    torch.set_num_threads(threads)
 
 
 def _on_device(builder: Any, device: str) -> Any:

@@ -62,7 +62,7 @@ class ImplicitBackend(Backend):
         validation_loss, vector, direct = validation_gradients(problem, validation_batch)
         hessian = Hessian(problem, training_batches)
         size = norm(vector)
-        if not (math.isfinite(size) and is_finite(hessian.gradient)):
+        if not math.isfinite(size):  # a product or a mixed term that is not finite is found below
             status, iterations, residual, gradients = Status.NON_FINITE, 0, float("nan"), direct
         elif size == 0.0:  # F does not depend on w here: nothing to solve
             status, iterations, residual, gradients = Status.CONVERGED, 0, 0.0, direct

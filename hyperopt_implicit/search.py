@@ -9,8 +9,10 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -327,7 +329,7 @@ def _open_study(
     try:
         study = optuna.create_study(
             storage=storage,
-            study_name=name,
+            study_name=name or f"search-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}",
             sampler=sampler,
             pruner=pruner or optuna.pruners.MedianPruner(n_warmup_steps=5),
             load_if_exists=name is not None,

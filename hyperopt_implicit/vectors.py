@@ -32,7 +32,7 @@ def dot(x: Params, y: Params) -> float:
 
 def norm(x: Params) -> float:
     """‖x‖₂ as a Python number."""
-    return math.hypot(*_numbers(torch._foreach_norm(list(x.values()))))
+    return math.hypot(*_numbers(torch._foreach_norm(tuple(x.values()))))
 
 
 def add(x: Params, y: Params, scale: float = 1.0) -> Params:
@@ -42,7 +42,7 @@ def add(x: Params, y: Params, scale: float = 1.0) -> Params:
 
 def add_(x: Params, y: Params, scale: float = 1.0) -> Params:
     """x ← x + scale·y."""
-    torch._foreach_add_(list(x.values()), list(y.values()), alpha=scale)
+    torch._foreach_add_(tuple(x.values()), tuple(y.values()), alpha=scale)
     return x
 
 

@@ -85,6 +85,11 @@ ERRORS: dict[str, tuple[str, tuple[str, ...], str]] = {
         "Neumann option 'terms': input should be a valid integer, unable to parse string as an integer; got 'many'.",
     ),
     "unknown device": (FILE, ("run", "bad.py", "--device", "abacus"), "--device abacus cannot be used here: "),
+    "no threads": (
+        FILE,
+        ("run", "bad.py", "--threads", "0"),
+        "--threads must be a whole number of at least 1; got 0.",
+    ),
     "count of the loop": (
         FINISHED,
         ("run", "bad.py", "--outer-steps", "0"),
