@@ -163,3 +163,11 @@ def test_every_page_is_in_the_navigation() -> None:
     navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
     listed = set(re.findall(r"[\w/-]+\.md", str(navigation)))
     assert listed == {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")}
+
+
+def test_figures_of_the_readme_are_those_that_the_examples_printed() -> None:
+    printed = (ROOT / "docs" / "examples.md").read_text()
+    figures = re.findall(r"(\d+\.\d ± \d+\.\d)", (ROOT / "README.md").read_text())
+    assert len(figures) == 5
+    for figure in figures:
+        assert figure in printed

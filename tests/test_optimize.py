@@ -354,3 +354,19 @@ def test_progress_bar_is_drawn_on_a_terminal_only(monkeypatch: pytest.MonkeyPatc
 def test_losses_may_be_called_on_the_problem() -> None:
     problem = ridge()
     torch.testing.assert_close(problem.validation_loss(VALIDATION), validation_loss(problem.model, VALIDATION).detach())
+
+
+@pytest.mark.parametrize("backend", ["exact", "unrolled"])
+def test_best_model_is_the_one_whose_loss_was_lowest(backend: str) -> None:
+    """λ runs past its best value here, so that the best step is not the last."""
+    problem = ridge()
+    result = optimize(problem, backend, outer_steps=30, inner_steps=20, outer_lr=0.5, keep_best_model=True)
+    assert result.best_step is not None and result.best_step < 29
+    assert result.best_model_state is not None
+    problem.model.load_state_dict(result.best_model_state)
+    loss = problem.validation_loss(VALIDATION)
+    torch.testing.assert_close(float(loss), result.best_validation_loss, rtol=1e-12, atol=0.0)
+
+
+def test_best_model_is_not_kept_unless_asked_for() -> None:
+    assert optimize(ridge()).best_model_state is None
