@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: help demo test test-slow check lint types docs doctest serve-docs benchmark examples clean
+.PHONY: help demo ui test test-slow check lint types docs doctest serve-docs benchmark examples clean
 
 help:
 	@echo "make demo       set up and run the demo: auxiliary learning on digits"
+	@echo "make ui         open MLflow's UI on the runs of the demo"
 	@echo "make test       set up and run the tests"
 	@echo "make test-slow  the long versions"
 	@echo "make check      lint, strict types, docs build, doctests and the code of the docs"
@@ -23,6 +24,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/auxiliary_digits.py
+	@echo "In this checkout, 'make ui' starts it."
+
+ui: $(VENV)/.installed
+	$(BIN)/hyperopt-implicit ui
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) tests
