@@ -19,8 +19,8 @@ The methods.
 Why the comparison is fair. Every method trains the same network from the same start for the same number of steps on
 all 150 labels. "learned" has no labels beyond these: to learn the weights it trains on one half and validates on the
 other, and then trains anew on all of them, as the others do, with the weights it found. Unlabelled rows are the same in
-every method. The test rows, made of other images, are used for nothing but the accuracies. Settings were chosen on
-seeds 100 to 103; those reported are 0 to 4, all of them.
+every method; their middle images include the labelled ones, without their labels. The test rows, made of other images,
+are used for nothing but the accuracies. Settings were chosen on seeds 100 to 103; those reported are 0 to 4, all.
 
     python examples/auxiliary_digits.py [--seeds 5] [--quick] [--no-tracking]
     hyperopt-implicit run examples/auxiliary_digits.py
