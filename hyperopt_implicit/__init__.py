@@ -10,6 +10,7 @@ from hyperopt_implicit.backend import (
     list_backends,
 )
 from hyperopt_implicit.errors import (
+    AuxiliaryError,
     BackendError,
     CommandError,
     DataError,
@@ -35,6 +36,7 @@ from hyperopt_implicit.tracking import Tracking
 from hyperopt_implicit.vectors import Params
 
 __all__ = [
+    "AuxiliaryError",
     "Backend",
     "BackendError",
     "BilevelProblem",

@@ -8,6 +8,7 @@
     │   └── SecondDerivativeError     an operator of the training loss cannot be differentiated twice
     ├── BackendError                  a backend is unknown, has no such option, or cannot see a hyperparameter
     ├── HypergradientError            a hypergradient failed and the caller asked for an exception
+    ├── AuxiliaryError                losses, labels or parameters do not fit a part of auxiliary learning
     ├── SearchError                   a study cannot be created or continued
     └── CommandError                  the command line was given something it cannot use
 
@@ -47,6 +48,10 @@ class BackendError(HyperoptError):
 
 class HypergradientError(HyperoptError):
     """A hypergradient could not be computed, and the policy is to raise."""
+
+
+class AuxiliaryError(HyperoptError):
+    """Losses, labels or parameters do not fit a part of auxiliary learning."""
 
 
 class SearchError(HyperoptError):

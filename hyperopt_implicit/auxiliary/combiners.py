@@ -1,0 +1,380 @@
+"""Loss combiners: from the losses of several tasks, sample by sample or pixel by pixel, to one training loss.
+
+A combiner is an ``nn.Module`` and so a hyperparameter like any other: declared with ``@hyperparameter``, it is trained
+by the hypergradient of the main task's held-out loss. What makes one monotone is in ``monotone.py``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm as normalise
+
+from hyperopt_implicit.auxiliary.context import Context
+from hyperopt_implicit.auxiliary.monotone import (
+    Monotone,
+    activation_module,
+    check_monotone,
+    clamp_,
+    constrained,
+    inverse_softplus,
+)
+from hyperopt_implicit.errors import AuxiliaryError
+
+
+class LossCombiner(nn.Module, ABC):
+    """A function from the losses of all tasks to one training loss, with parameters that are hyperparameters.
+
+    A subclass combines the losses of each sample in :meth:`per_sample`; the combined loss is the mean over the batch.
+
+    Args:
+        tasks: how many tasks, the main one included.
+        main_task: the place of the main task among them.
+        context: what a sample's losses are combined by, beside the losses themselves.
+
+    Raises:
+        AuxiliaryError: an argument cannot hold; when called, losses do not have the shape that is asked for.
+    """
+
+    dimensions = 2
+    """Of the losses: 2 for ``[batch, tasks]``, 4 for ``[batch, tasks, height, width]``."""
+
+    def __init__(self, tasks: int, *, main_task: int = 0, context: Context | None = None) -> None:
+        super().__init__()
+        if isinstance(tasks, bool) or not isinstance(tasks, int) or tasks < 2:
+            raise AuxiliaryError(
+                f"a combiner needs the main task and at least one auxiliary task; got tasks={tasks!r}."
+            )
+        if isinstance(main_task, bool) or not isinstance(main_task, int) or not 0 <= main_task < tasks:
+            raise AuxiliaryError(
+                f"main_task must be the place of the main task among {tasks}, from 0 to {tasks - 1}; got {main_task!r}."
+            )
+        self.tasks = tasks
+        self.main_task = main_task
+        self.context = context
+
+    @abstractmethod
+    def per_sample(self, losses: Tensor, context: Tensor | None) -> Tensor:
+        """The combined loss of each sample, ``[batch]``."""
+
+    def forward(self, losses: Tensor, *, inputs: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        """The combined loss, a scalar: the mean of :meth:`per_sample` over the batch.
+
+        Args:
+            losses: not reduced over the batch: ``[batch, tasks]``, or ``[batch, tasks, height, width]``. Tasks that
+                have samples of their own are given as one row of means, ``[1, tasks]``.
+            inputs: of the model, where the combiner is conditioned on them.
+            labels: the main task's, where it is conditioned on them.
+        """
+        self._check(losses)
+        context = None if self.context is None else self.context(inputs, labels)
+        return self.per_sample(losses, context).mean()
+
+    def _check(self, losses: Tensor) -> None:
+        if losses.dim() == self.dimensions and losses.shape[1] == self.tasks:
+            return
+        wanted = "[batch, tasks]" if self.dimensions == 2 else "[batch, tasks, height, width]"
+        rule = f"{type(self).__name__} takes losses of shape {wanted} with {self.tasks} tasks"
+        found = tuple(losses.shape)
+        if losses.dim() < self.dimensions:
+            remedy = (
+                "They are already reduced: compute them with reduction='none' and stack them along dimension 1, or "
+                "give one row of means, losses[None]."
+            )
+        elif losses.dim() > self.dimensions:
+            remedy = "Reduce each task's loss to that shape first, for instance by its mean over what is too much."
+        else:
+            remedy = f"Give it one column for each task, or make it with tasks={losses.shape[1]}."
+        raise AuxiliaryError(f"{rule}; got {found}. {remedy}")
+
+    def project_(self) -> None:
+        """Put the parameters back where they are allowed; outer steps call it. Only ``monotone="clamp"`` needs it."""
+
+    def extra_repr(self) -> str:
+        return f"tasks={self.tasks}, main_task={self.main_task}"
+
+
+class LinearCombiner(LossCombiner):
+    """A weighted sum: ℓ_main + Σᵢ wᵢ ℓᵢ over the auxiliary tasks, or Σᵢ wᵢ ℓᵢ over all with ``learn_main``.
+
+    With a context c, each sample has weights of its own: what is trained is shifted by a linear function of c, zero at
+    the start.
+
+    Args:
+        tasks: how many tasks, the main one included.
+        main_task: the place of the main task among them.
+        monotone: True for positive weights, the softplus of what is trained; ``"clamp"`` for weights that outer steps
+            clamp at zero; False for weights of any sign.
+        softmax: weights of all tasks that sum to their number (the main one's is learned as well); monotone by itself.
+        weight_norm: train length and direction of the weights apart (Salimans & Kingma, NeurIPS 2016).
+        init: the weights at the start: a number, or one for each task that has a learned weight, in their order.
+        learn_main: whether the main task's weight is learned too; otherwise it is 1, which costs nothing where the
+            common scale of all weights does not matter.
+        context: see :class:`Context`.
+
+    References:
+        Navon et al., "Auxiliary Learning by Implicit Differentiation", ICLR 2021, section 4.1.
+
+    Example:
+        >>> import torch
+        >>> from hyperopt_implicit.auxiliary import LinearCombiner
+        >>> combiner = LinearCombiner(3, init=0.5)
+        >>> combiner(torch.tensor([[1.0, 2.0, 4.0]])).item()
+        4.0
+        >>> combiner.task_weights()
+        tensor([1.0000, 0.5000, 0.5000], grad_fn=<...>)
+    """
+
+    def __init__(
+        self,
+        tasks: int,
+        *,
+        main_task: int = 0,
+        monotone: Monotone = True,
+        softmax: bool = False,
+        weight_norm: bool = False,
+        init: float | Sequence[float] | Tensor = 1.0,
+        learn_main: bool = False,
+        context: Context | None = None,
+    ) -> None:
+        super().__init__(tasks, main_task=main_task, context=context)
+        check_monotone(monotone)
+        if softmax and (monotone is not True or weight_norm):
+            raise AuxiliaryError(
+                "softmax weights are positive and normalised by themselves; leave monotone=True and weight_norm=False."
+            )
+        if context is not None and monotone == "clamp":
+            raise AuxiliaryError(
+                "weights that depend on a context cannot be clamped, since they are not parameters; use monotone=True."
+            )
+        self.monotone = monotone
+        self.softmax = softmax
+        self.learn_main = learn_main or softmax
+        self.weight = nn.Parameter(self._raw(self._start(init)))
+        if weight_norm:
+            normalise(self, "weight", dim=None)  # type: ignore[arg-type]  # one length for all of them
+        self.shift = None if context is None else nn.Linear(context.size, len(self.weight), bias=False)
+        if self.shift is not None:
+            nn.init.zeros_(self.shift.weight)
+
+    def _start(self, init: float | Sequence[float] | Tensor) -> Tensor:
+        learned = self.tasks if self.learn_main else self.tasks - 1
+        start = torch.as_tensor(init, dtype=torch.get_default_dtype()).detach().clone()
+        start = start.expand(learned).clone() if start.dim() == 0 else start
+        if start.shape != (learned,):
+            raise AuxiliaryError(
+                f"init must be one number, or {learned}, one for each learned weight; got shape {tuple(start.shape)}."
+            )
+        allowed = start > 0 if self.monotone is True else start >= 0 if self.monotone else torch.isfinite(start)
+        if not bool(allowed.all()) or not bool(torch.isfinite(start).all()):
+            rule = {True: "positive", "clamp": "at least 0", False: "finite"}[self.monotone]
+            raise AuxiliaryError(f"the weights must be {rule} at the start; got init={start.tolist()}.")
+        return start
+
+    def _raw(self, start: Tensor) -> Tensor:
+        if self.softmax:
+            return torch.log(start)
+        return inverse_softplus(start) if self.monotone is True else start
+
+    def task_weights(self, context: Tensor | None = None) -> Tensor:
+        """The weight of each task, ``[tasks]``; with a context ``[batch, size]``, ``[batch, tasks]``."""
+        raw = self.weight
+        if self.shift is not None and context is not None:
+            raw = raw + self.shift(context)
+        if self.softmax:
+            return self.tasks * torch.softmax(raw, dim=-1)
+        weights = F.softplus(raw) if self.monotone is True else raw
+        if self.learn_main:
+            return weights
+        before, after = weights.tensor_split([self.main_task], dim=-1)
+        return torch.cat([before, torch.ones_like(weights[..., :1]), after], dim=-1)
+
+    def per_sample(self, losses: Tensor, context: Tensor | None) -> Tensor:
+        return (losses * self.task_weights(context)).sum(dim=1)
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        if self.monotone == "clamp":
+            clamp_(self)
+
+
+class _NetworkCombiner(LossCombiner):
+    """ℓ_main + f(ℓ₁, …, ℓ_T) with a layered network f, at every pixel of loss images; the mean over the pixels."""
+
+    def __init__(
+        self,
+        tasks: int,
+        sizes: Sequence[int],
+        layer: Callable[..., nn.Linear | nn.Conv2d],
+        dropout: nn.Module,
+        *,
+        main_task: int,
+        activation: str | nn.Module,
+        skip_connection: bool,
+        monotone: Monotone,
+        weight_norm: bool,
+        context: Context | None,
+    ) -> None:
+        super().__init__(tasks, main_task=main_task, context=context)
+        check_monotone(monotone)
+        self.monotone = monotone
+        self.skip_connection = skip_connection
+        widths = [tasks, *sizes]
+        self.layers = nn.ModuleList(
+            constrained(layer(i, o), monotone, weight_norm, gain=1.0) for i, o in pairwise(widths)
+        )
+        self.activation = activation_module(activation, monotone)
+        self.dropout = dropout
+        self.last = constrained(layer(widths[-1], 1, bias=False), monotone, weight_norm, gain=float(tasks))
+        self.shift = None if context is None else nn.Linear(context.size, widths[1], bias=False)
+
+    def per_sample(self, losses: Tensor, context: Tensor | None) -> Tensor:
+        hidden = losses
+        for i, layer in enumerate(self.layers):
+            hidden = layer(hidden)
+            if i == 0 and self.shift is not None and context is not None:
+                shift = self.shift(context)
+                hidden = hidden + shift.reshape(*shift.shape, *[1] * (losses.dim() - 2))
+            hidden = self.dropout(self.activation(hidden))
+        combined: Tensor = self.last(hidden)[:, 0]
+        if self.skip_connection:
+            combined = combined + losses[:, self.main_task]
+        return combined.reshape(len(losses), -1).mean(dim=1) if combined.dim() > 1 else combined
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        if self.monotone == "clamp":
+            for layer in (*self.layers, self.last):
+                clamp_(layer)
+
+
+class NonlinearCombiner(_NetworkCombiner):
+    """A small network on the losses of each sample: ℓ_main + f(ℓ₁, …, ℓ_T).
+
+    Where it is monotone, ∂/∂ℓᵢ ≥ 0 for every task and sample: no step lowers the combined loss by raising one of the
+    losses. Biases are free, and so is the way in which a context enters: it shifts the first hidden layer.
+
+    Args:
+        tasks: how many tasks, the main one included.
+        main_task: the place of the main task among them.
+        hidden_sizes: widths of the hidden layers.
+        activation: ``"softplus"``, ``"tanh"``, ``"sigmoid"``, ``"relu"``, ``"leaky_relu"``, ``"elu"`` or
+            ``"identity"``; where monotone is False also ``"gelu"``, ``"silu"``, ``"mish"`` or any module.
+        skip_connection: whether the main loss is added to what the network gives.
+        dropout: share of hidden units that are dropped, in training mode.
+        monotone: True by construction, ``"clamp"`` by clamping after outer steps, False for a free network.
+        weight_norm: normalise the weights of each layer (Salimans & Kingma, NeurIPS 2016).
+        context: see :class:`Context`.
+
+    References:
+        Navon et al., "Auxiliary Learning by Implicit Differentiation", ICLR 2021, section 4.1.
+
+    Example:
+        >>> import torch
+        >>> from hyperopt_implicit.auxiliary import NonlinearCombiner
+        >>> combiner = NonlinearCombiner(3, hidden_sizes=(8, 8))
+        >>> losses = torch.rand(5, 3, requires_grad=True)
+        >>> (gradient,) = torch.autograd.grad(combiner(losses), losses)
+        >>> bool((gradient > 0).all())
+        True
+    """
+
+    def __init__(
+        self,
+        tasks: int,
+        *,
+        main_task: int = 0,
+        hidden_sizes: Sequence[int] = (16,),
+        activation: str | nn.Module = "softplus",
+        skip_connection: bool = True,
+        dropout: float = 0.0,
+        monotone: Monotone = True,
+        weight_norm: bool = False,
+        context: Context | None = None,
+    ) -> None:
+        _check_network(hidden_sizes, "hidden_sizes", dropout)
+        super().__init__(
+            tasks,
+            hidden_sizes,
+            nn.Linear,
+            nn.Dropout(dropout),
+            main_task=main_task,
+            activation=activation,
+            skip_connection=skip_connection,
+            monotone=monotone,
+            weight_norm=weight_norm,
+            context=context,
+        )
+
+
+class ConvolutionalCombiner(_NetworkCombiner):
+    """A convolutional network on loss images, for dense tasks: mean over the pixels of ℓ_main + f(ℓ₁, …, ℓ_T).
+
+    It sees the losses of the pixels around each pixel, and so can trust a task here and not there.
+
+    Args:
+        tasks: how many tasks, the main one included.
+        main_task: the place of the main task among them.
+        channels: of the hidden layers.
+        kernel_size: odd, of every layer; images keep their size, with zeros around them.
+        activation: as in :class:`NonlinearCombiner`.
+        skip_connection: whether the main loss is added to what the network gives.
+        dropout: share of hidden channels that are dropped, in training mode.
+        monotone: True by construction, ``"clamp"`` by clamping after outer steps, False for a free network.
+        weight_norm: normalise the weights of each layer.
+        context: shifts the channels of the first hidden layer; see :class:`Context`.
+
+    References:
+        Navon et al., "Auxiliary Learning by Implicit Differentiation", ICLR 2021, section 4.1.
+
+    Example:
+        >>> import torch
+        >>> from hyperopt_implicit.auxiliary import ConvolutionalCombiner
+        >>> ConvolutionalCombiner(2, channels=(4,))(torch.rand(3, 2, 8, 8)).shape
+        torch.Size([])
+    """
+
+    dimensions = 4
+
+    def __init__(
+        self,
+        tasks: int,
+        *,
+        main_task: int = 0,
+        channels: Sequence[int] = (8,),
+        kernel_size: int = 3,
+        activation: str | nn.Module = "softplus",
+        skip_connection: bool = True,
+        dropout: float = 0.0,
+        monotone: Monotone = True,
+        weight_norm: bool = False,
+        context: Context | None = None,
+    ) -> None:
+        _check_network(channels, "channels", dropout)
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise AuxiliaryError(f"kernel_size must be odd, so that images keep their size; got {kernel_size}.")
+        super().__init__(
+            tasks,
+            channels,
+            partial(nn.Conv2d, kernel_size=kernel_size, padding="same"),
+            nn.Dropout2d(dropout),
+            main_task=main_task,
+            activation=activation,
+            skip_connection=skip_connection,
+            monotone=monotone,
+            weight_norm=weight_norm,
+            context=context,
+        )
+
+
+def _check_network(sizes: Sequence[int], name: str, dropout: float) -> None:
+    if not sizes or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in sizes):
+        raise AuxiliaryError(f"{name} must hold at least one positive whole number; got {tuple(sizes)!r}.")
+    if not 0.0 <= dropout < 1.0:
+        raise AuxiliaryError(f"dropout must be a share of at least 0 and below 1; got {dropout!r}.")
