@@ -9,21 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from hyperopt_implicit.backend import Hypergradient, Spec, State, Status, get_backend
 from hyperopt_implicit.data import to_device
-from hyperopt_implicit.errors import HypergradientError, HyperoptError, ProblemError
+from hyperopt_implicit.errors import HyperoptError, ProblemError
+from hyperopt_implicit.guarded_step import GuardedStep, OnFailure, check_policy
 from hyperopt_implicit.hyperparameters import Value
-from hyperopt_implicit.messages import warn
 from hyperopt_implicit.preflight import preflight
 from hyperopt_implicit.problem import BilevelProblem
-from hyperopt_implicit.vectors import is_finite, norm
-
-OnFailure = Literal["warn", "raise", "skip"]
 
 
 def hypergradient(
@@ -116,10 +112,7 @@ class HyperOptimizer:
         on_failure: OnFailure = "warn",
         **options: Any,
     ) -> None:
-        if on_failure not in get_args(OnFailure):
-            raise HyperoptError(f"on_failure must be 'warn', 'raise' or 'skip'; got {on_failure!r}.")
-        if clip is not None and not clip > 0:
-            raise HyperoptError(f"clip must be a positive norm, or None for no clipping; got {clip}.")
+        check_policy(clip, on_failure)
         _check_tunes_something(problem)
         if isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer):
             raise HyperoptError(
@@ -129,12 +122,12 @@ class HyperOptimizer:
         self.problem = problem
         self.backend = get_backend(backend)
         self.backend.check(problem)
-        self.clip = clip
-        self.on_failure = on_failure
         self.optimizer = optimizer(list(problem.hparams.values()), **options)
         self.state: State = {}
         self._checked = False
-        self._warned: set[str] = set()
+        self._guard = GuardedStep(
+            self.optimizer, clip=clip, on_failure=on_failure, is_inside=problem.hyperparameters.is_inside
+        )
 
     @property
     def hyperparameters(self) -> dict[str, Value]:
@@ -186,60 +179,10 @@ class HyperOptimizer:
         Raises:
             HypergradientError: it failed, and ``on_failure="raise"``.
         """
-        usable = result.status is not Status.NON_FINITE and is_finite(result.gradients)
-        if result.status.failed or not usable:
-            self._report(result)
-        if not usable or (result.status.failed and self.on_failure == "skip"):
-            return False
-        scale = 1.0
-        if self.clip is not None:
-            scale = min(1.0, self.clip / max(norm(result.gradients), torch.finfo(torch.float64).tiny))
-        before = [p.detach().clone() for p in self.problem.hparams.values()]
-        for name, p in self.problem.hparams.items():
-            p.grad = result.gradients[name].detach() * scale
-        self.optimizer.step()
-        for p in self.problem.hparams.values():
-            p.grad = None
-        moved = self._keep_inside(before)
+        moved = self._guard.apply(result, self.problem.hparams)
+        self.problem.hyperparameters.project_()
         self.problem.sync_optimizer()
         return moved
-
-    @torch.no_grad()
-    def _keep_inside(self, before: list[Tensor]) -> bool:
-        """Put the hyperparameters back where a step left the numbers or the inside of a constraint."""
-        if self.problem.hyperparameters.is_inside():
-            return True
-        for p, old in zip(self.problem.hparams.values(), before, strict=True):
-            p.copy_(old)
-        self._complain(
-            "outer step",
-            "the outer step moved a hyperparameter out of the numbers, or onto the edge of its constraint. Lower "
-            "the outer learning rate, or set clip.",
-            "It was put back",
-        )
-        return False
-
-    def _report(self, result: Hypergradient) -> None:
-        residual = (
-            ""
-            if result.residual is None or math.isnan(result.residual)
-            else f" (relative residual {result.residual:.2g})"
-        )
-        used = self.on_failure == "warn" and result.status is not Status.NON_FINITE
-        self._complain(
-            result.status,
-            f"hypergradient: {result.status.value} after {result.iterations} iterations{residual}. "
-            f"{result.status.remedy}",
-            "It was used" if used else "It was not applied",
-        )
-
-    def _complain(self, kind: str, text: str, done: str) -> None:
-        """Raise, or warn once for each kind."""
-        if self.on_failure == "raise":
-            raise HypergradientError(text)
-        if kind not in self._warned:
-            self._warned.add(kind)
-            warn(f"{text} {done}; the next ones of this kind are only counted.")
 
     def state_dict(self) -> dict[str, Any]:
         """Hyperparameters, outer optimizer and the backend's carried state."""

@@ -271,3 +271,14 @@ class Hyperparameters(nn.Module):
         values = [transform(getattr(self, name)) for name, transform in self._transforms.items()]
         back = [transform.inv(value) for value, transform in zip(values, self._transforms.values(), strict=True)]
         return all(bool(torch.isfinite(x).all()) for x in [*self.parameters(), *values, *back])
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        """Call ``project_()`` of every module among the hyperparameters that has one; outer steps do it after a move.
+
+        A module that can only keep a rule by correcting its parameters (weights clamped at zero) does it there.
+        """
+        for module in self.modules():
+            project = getattr(module, "project_", None)
+            if module is not self and callable(project):
+                project()

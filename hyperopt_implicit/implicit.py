@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hyperopt_implicit.backend import Backend, Hypergradient, State, Status
-from hyperopt_implicit.operators import Hessian, LinearOperator, validation_gradients
+from hyperopt_implicit.operators import Hessian, LinearOperator, LossHessian, validation_gradients
 from hyperopt_implicit.vectors import Params, add, is_finite, norm
 
 if TYPE_CHECKING:
@@ -61,6 +61,12 @@ class ImplicitBackend(Backend):
     ) -> Hypergradient:
         validation_loss, vector, direct = validation_gradients(problem, validation_batch)
         hessian = Hessian(problem, training_batches)
+        return self.differentiate(hessian, vector, direct, validation_loss, state)
+
+    def differentiate(
+        self, hessian: LossHessian, vector: Params, direct: Params, validation_loss: float, state: State
+    ) -> Hypergradient:
+        """The theorem itself, from v = ∂F/∂w, the direct term ∂F/∂λ, and H with its mixed derivative."""
         size = norm(vector)
         if not math.isfinite(size):  # a product or a mixed term that is not finite is found below
             status, iterations, residual, gradients = Status.NON_FINITE, 0, float("nan"), direct

@@ -6,8 +6,9 @@ The Hessian is never formed here. Its products run backward through the stored g
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -58,43 +59,44 @@ class _UnfusedWeightNorm(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+def undifferentiable_operator(error: BaseException) -> str | None:
+    """The operator that torch says it cannot differentiate (again), where that is what an error is about."""
+    found = re.search(r"derivative for '?(?:aten::)?(\w+?)'? is not implemented", str(error))
+    return found.group(1) if found is not None else None
+
+
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
-class Hessian(LinearOperator):
-    """H = ∂²L/∂w² at one point, of the training loss averaged over batches.
+class LossHessian(LinearOperator):
+    """H = ∂²L/∂w² of a loss that is given with its graph.
 
-    A weight decay that the inner optimizer couples to the gradient is part of what it minimises, and so of H.
-
-    Building it costs one forward and one backward that keeps its graph; a product costs one more backward through that
-    graph (about one forward and backward of the loss for dense layers, nearly three for convolutions). Memory does not
-    grow with the number of products. Random layers draw once, so that all products see the same masks.
+    Building it costs one backward that keeps its graph; a product costs one more backward through that graph (about one
+    forward and backward of the loss for dense layers, nearly three for convolutions). Memory does not grow with the
+    number of products. Random layers drew once, so that all products see the same masks.
 
     Args:
-        problem: whose training loss.
-        training_batches: the batches over which the loss is averaged, each with equal weight.
+        loss: L, a scalar.
+        params: w, the tensors of the graph with respect to which H is taken.
+        hparams: λ, those of the mixed derivative.
+        decays: what the inner optimizer adds to ∂L/∂w, by parameter, as a multiple of w; part of H.
 
     Attributes:
         loss: L, a Python number.
         gradient: ∂L/∂w.
     """
 
-    def __init__(self, problem: BilevelProblem, training_batches: Sequence[Any]) -> None:
-        self._params = {name: p.detach().requires_grad_() for name, p in problem.params.items()}
-        self._hparams = {name: p.detach().requires_grad_() for name, p in problem.hparams.items()}
-        with torch.enable_grad(), twice_differentiable(problem):  # the caller may be inside torch.no_grad()
-            losses = [
-                problem.functional_training_loss(self._params, self._hparams, batch) for batch in training_batches
-            ]
-            loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
-            gradient = _gradients(loss, self._params, create_graph=True)
+    def __init__(
+        self, loss: Tensor, params: Params, hparams: Params, decays: Mapping[str, float] | None = None
+    ) -> None:
+        self._params, self._hparams, self._decays = params, hparams, decays or {}
+        gradient = gradients(loss, params, create_graph=True)
         self.loss = float(loss.detach())
         self.gradient = {name: g.detach() for name, g in gradient.items()}
         # a parameter on which L depends linearly, or not at all, has a gradient without a graph: its row of H is zero
         self._curved = [name for name, g in gradient.items() if g.requires_grad]
         self._outputs = [gradient[name] for name in self._curved]
-        self._decays = problem.weight_decays
 
     def __matmul__(self, vector: Params) -> Params:
         """H·vector."""
@@ -122,6 +124,26 @@ class Hessian(LinearOperator):
         return dict(zip(onto, grads, strict=True))
 
 
+class Hessian(LossHessian):
+    """H = ∂²L/∂w² of a problem at its present weights, of the training loss averaged over batches.
+
+    A weight decay that the inner optimizer couples to the gradient is part of what it minimises, and so of H. What a
+    product costs is told at :class:`LossHessian`; building this one costs a forward as well.
+
+    Args:
+        problem: whose training loss.
+        training_batches: the batches over which the loss is averaged, each with equal weight.
+    """
+
+    def __init__(self, problem: BilevelProblem, training_batches: Sequence[Any]) -> None:
+        params = {name: p.detach().requires_grad_() for name, p in problem.params.items()}
+        hparams = {name: p.detach().requires_grad_() for name, p in problem.hparams.items()}
+        with torch.enable_grad(), twice_differentiable(problem):  # the caller may be inside torch.no_grad()
+            losses = [problem.functional_training_loss(params, hparams, batch) for batch in training_batches]
+            loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+            super().__init__(loss, params, hparams, problem.weight_decays)
+
+
 def validation_gradients(
     problem: BilevelProblem, validation_batch: Any, at: Params | None = None, buffers: Params | None = None
 ) -> tuple[float, Params, Params]:
@@ -134,19 +156,26 @@ def validation_gradients(
     inputs = {("w", name): p for name, p in params.items()} | {("λ", name): p for name, p in hparams.items()}
     with torch.enable_grad():
         loss = problem.functional_validation_loss(params, hparams, validation_batch, buffers)
-        gradients = _gradients(loss, inputs, create_graph=False)
+        derivatives = gradients(loss, inputs, create_graph=False)
     return (
         float(loss.detach()),
-        {name: gradients["w", name] for name in params},
-        {name: gradients["λ", name] for name in hparams},
+        {name: derivatives["w", name] for name in params},
+        {name: derivatives["λ", name] for name in hparams},
     )
 
 
-def _gradients(loss: Tensor, inputs: dict[Name, Tensor], *, create_graph: bool) -> dict[Name, Tensor]:
-    """∂loss/∂inputs, zero where the loss does not depend on an input."""
+def gradients(
+    loss: Tensor, inputs: dict[Name, Tensor], *, create_graph: bool, retain_graph: bool | None = None
+) -> dict[Name, Tensor]:
+    """∂loss/∂inputs, zero where the loss does not depend on an input; graphs are kept as by autograd.grad."""
     if not loss.requires_grad:
         return {name: torch.zeros_like(x) for name, x in inputs.items()}
     grads = torch.autograd.grad(
-        loss, list(inputs.values()), create_graph=create_graph, allow_unused=True, materialize_grads=True
+        loss,
+        list(inputs.values()),
+        create_graph=create_graph,
+        retain_graph=retain_graph,
+        allow_unused=True,
+        materialize_grads=True,
     )
     return dict(zip(inputs, grads, strict=True))

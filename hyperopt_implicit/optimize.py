@@ -15,8 +15,9 @@ import torch
 
 from hyperopt_implicit.backend import Spec
 from hyperopt_implicit.errors import HyperoptError
+from hyperopt_implicit.guarded_step import OnFailure
 from hyperopt_implicit.history import Callback, Result
-from hyperopt_implicit.hyper_optimizer import HyperOptimizer, OnFailure
+from hyperopt_implicit.hyper_optimizer import HyperOptimizer
 from hyperopt_implicit.outer_loop import OuterLoop, Run
 from hyperopt_implicit.problem import BilevelProblem
 from hyperopt_implicit.progress import ProgressBar

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hyperopt_implicit.backend import Backend, backends_without_second_derivative
 from hyperopt_implicit.errors import HyperoptError, LossError, ProblemError, SecondDerivativeError
 from hyperopt_implicit.messages import first_line, warn
-from hyperopt_implicit.operators import twice_differentiable
+from hyperopt_implicit.operators import twice_differentiable, undifferentiable_operator
 from hyperopt_implicit.vectors import Params
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def _try_second_derivative(
         _grads(curved, params)
         return _grads(curved, hparams)
     except (RuntimeError, NotImplementedError) as error:
-        name, where = _culprit(problem, batch, str(error))
+        name, where = _culprit(problem, batch, error)
         raise SecondDerivativeError(
             f"this backend differentiates the training loss twice, and {name} in {where} has no second derivative. "
             "Replace it by an equivalent that has one, or use a backend that does without "
@@ -151,12 +151,11 @@ def _try_second_derivative(
         ) from error
 
 
-def _culprit(problem: BilevelProblem, batch: Any, message: str) -> tuple[str, str]:
+def _culprit(problem: BilevelProblem, batch: Any, error: BaseException) -> tuple[str, str]:
     """The operator that torch names in its message, and the innermost module in which the training loss calls it."""
-    found = re.search(r"derivative for '?(?:aten::)?(\w+?)'? is not implemented", message)
-    if found is None:
+    backward = undifferentiable_operator(error)
+    if backward is None:
         return "an operator", "the training loss"
-    backward = found.group(1)
     forward = re.sub(r"^_|_backward\w*$|_dense", "", backward).strip("_")
     with _Recorder(problem.model) as recorder, torch.no_grad():
         problem.functional_training_loss(problem.params, problem.hparams, batch)

@@ -155,6 +155,7 @@ LAYERS = [
     {"data", "hyperparameters", "knobs"},
     {"backend"},
     {"problem", "operators", "implicit", "optimizers", "inner_loop", "preflight"},
+    {"guarded_step"},
     {"hyper_optimizer", "history"},
     {"figures", "progress", "sender", "run_record"},
     {"tracking"},

@@ -33,7 +33,9 @@ class Neumann(ImplicitBackend):
     positive semi-definite and α < 2/λ_max, so the first growth ends the series: the best iterate is returned with
     status ``diverged`` (α too large) or ``negative curvature``.
 
-    Cost: ``terms`` products, plus those of the power iteration; memory for three vectors.
+    Cost: ``terms`` products, plus those of the power iteration; memory for three vectors. The last product only
+    measures the residual; ``measure_residual=False`` saves it, and reports the residual before the last term, which is
+    larger.
 
     References:
         Lorraine, Vicol, Duvenaud, "Optimizing Millions of Hyperparameters by Implicit Differentiation", AISTATS 2020,
@@ -43,7 +45,7 @@ class Neumann(ImplicitBackend):
     Example:
         >>> import hyperopt_implicit as hi
         >>> hi.get_backend({"name": "neumann", "terms": 20, "step_size": 0.1})
-        Neumann(terms=20, step_size=0.1, tolerance=0.0)
+        Neumann(terms=20, step_size=0.1, tolerance=0.0, measure_residual=True)
     """
 
     terms: Annotated[int, Field(ge=1, description="number of terms K of the series")] = 10
@@ -52,6 +54,9 @@ class Neumann(ImplicitBackend):
         Field(description="α; 'auto' takes the inverse of the largest eigenvalue, estimated as training moves"),
     ] = "auto"
     tolerance: Annotated[float, Field(ge=0, description="stop early at this relative residual")] = 0.0
+    measure_residual: Annotated[
+        bool, Field(description="spend the last product on measuring the residual; without, it is one term behind")
+    ] = True
 
     def solve(self, hessian: LinearOperator, vector: Params, state: State, /) -> Solution:
         if self.step_size == "auto":
@@ -64,6 +69,10 @@ class Neumann(ImplicitBackend):
         target = max(self.tolerance, precision(vector)) * start
         status, terms = Status.TRUNCATED, 0
         while terms < self.terms and size > target:
+            if terms == self.terms - 1 and not self.measure_residual:
+                add_(solution, residual, step_size)
+                terms += 1
+                break
             product = hessian @ residual
             add_(residual, product, -step_size)
             length = norm(residual)

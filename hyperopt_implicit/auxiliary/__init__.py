@@ -7,5 +7,6 @@ from hyperopt_implicit.auxiliary.combiners import (
     NonlinearCombiner,
 )
 from hyperopt_implicit.auxiliary.context import Context
+from hyperopt_implicit.auxiliary.meta_optimizer import MetaOptimizer
 
-__all__ = ["Context", "ConvolutionalCombiner", "LinearCombiner", "LossCombiner", "NonlinearCombiner"]
+__all__ = ["Context", "ConvolutionalCombiner", "LinearCombiner", "LossCombiner", "MetaOptimizer", "NonlinearCombiner"]

@@ -1,0 +1,117 @@
+"""One step of an outer optimizer by a hypergradient, guarded: clipped, reported where it failed, undone where it harms.
+
+How the hypergradient was computed is not known here; ``hyper_optimizer.py`` and the drop-in for AuxiLearn's users both
+move hyperparameters through this file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from hyperopt_implicit.backend import Hypergradient, Status
+from hyperopt_implicit.errors import HypergradientError, HyperoptError
+from hyperopt_implicit.messages import warn
+from hyperopt_implicit.vectors import Params, is_finite, norm
+
+OnFailure = Literal["warn", "raise", "skip"]
+
+
+class GuardedStep:
+    """Moves hyperparameters by hypergradients, as a policy for failed ones allows.
+
+    Args:
+        optimizer: the outer optimizer, over the hyperparameters' tensors.
+        clip: the largest norm of the hypergradient over all hyperparameters; longer ones are scaled down to it.
+        on_failure: what to do with a hypergradient whose status is a failure; see ``HyperOptimizer``.
+        is_inside: whether the hyperparameters are where they may be; a step after which they are not is undone.
+
+    Raises:
+        HyperoptError: an option has no such value.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip: float | None,
+        on_failure: OnFailure,
+        is_inside: Callable[[], bool],
+    ) -> None:
+        check_policy(clip, on_failure)
+        self.optimizer = optimizer
+        self.clip = clip
+        self.on_failure = on_failure
+        self._is_inside = is_inside
+        self._warned: set[str] = set()
+
+    def apply(self, result: Hypergradient, hparams: Params) -> bool:
+        """One step; says whether the hyperparameters moved. ``hparams`` are their tensors, named as the gradients are.
+
+        Raises:
+            HypergradientError: it failed, and ``on_failure="raise"``.
+        """
+        usable = result.status is not Status.NON_FINITE and is_finite(result.gradients)
+        if result.status.failed or not usable:
+            self._report(result)
+        if not usable or (result.status.failed and self.on_failure == "skip"):
+            return False
+        scale = 1.0
+        if self.clip is not None:
+            scale = min(1.0, self.clip / max(norm(result.gradients), torch.finfo(torch.float64).tiny))
+        before = [p.detach().clone() for p in hparams.values()]
+        for name, p in hparams.items():
+            p.grad = result.gradients[name].detach() * scale
+        self.optimizer.step()
+        for p in hparams.values():
+            p.grad = None
+        return self._keep_inside(hparams, before)
+
+    @torch.no_grad()
+    def _keep_inside(self, hparams: Params, before: list[Tensor]) -> bool:
+        """Put the hyperparameters back where a step left the numbers or the inside of a constraint."""
+        if self._is_inside():
+            return True
+        for p, old in zip(hparams.values(), before, strict=True):
+            p.copy_(old)
+        self._complain(
+            "outer step",
+            "the outer step moved a hyperparameter out of the numbers, or onto the edge of its constraint. Lower "
+            "the outer learning rate, or set clip.",
+            "It was put back",
+        )
+        return False
+
+    def _report(self, result: Hypergradient) -> None:
+        residual = (
+            ""
+            if result.residual is None or math.isnan(result.residual)
+            else f" (relative residual {result.residual:.2g})"
+        )
+        used = self.on_failure == "warn" and result.status is not Status.NON_FINITE
+        self._complain(
+            result.status,
+            f"hypergradient: {result.status.value} after {result.iterations} iterations{residual}. "
+            f"{result.status.remedy}",
+            "It was used" if used else "It was not applied",
+        )
+
+    def _complain(self, kind: str, text: str, done: str) -> None:
+        """Raise, or warn once for each kind."""
+        if self.on_failure == "raise":
+            raise HypergradientError(text)
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warn(f"{text} {done}; the next ones of this kind are only counted.")
+
+
+def check_policy(clip: float | None, on_failure: OnFailure) -> None:
+    """Refuse a policy that does not exist and a norm that is none."""
+    if on_failure not in get_args(OnFailure):
+        raise HyperoptError(f"on_failure must be 'warn', 'raise' or 'skip'; got {on_failure!r}.")
+    if clip is not None and not clip > 0:
+        raise HyperoptError(f"clip must be a positive norm, or None for no clipping; got {clip}.")
