@@ -1,5 +1,6 @@
 """Gradient-based hyperparameter optimization for PyTorch."""
 
+from hyperopt_implicit import auxiliary
 from hyperopt_implicit.backend import (
     Backend,
     Hypergradient,
@@ -31,6 +32,7 @@ from hyperopt_implicit.knobs import knob, knobs_of
 from hyperopt_implicit.operators import Hessian, LinearOperator
 from hyperopt_implicit.optimize import optimize
 from hyperopt_implicit.problem import BilevelProblem
+from hyperopt_implicit.report import Report
 from hyperopt_implicit.search import SearchResult, search
 from hyperopt_implicit.tracking import Tracking
 from hyperopt_implicit.vectors import Params
@@ -57,6 +59,7 @@ __all__ = [
     "OuterStep",
     "Params",
     "ProblemError",
+    "Report",
     "Result",
     "SearchError",
     "SearchResult",
@@ -66,6 +69,7 @@ __all__ = [
     "State",
     "Status",
     "Tracking",
+    "auxiliary",
     "get_backend",
     "hypergradient",
     "hyperparameter",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def trajectories(history: History) -> Figure:
     """Losses, hypergradient norm and residual, and every recorded hyperparameter, over the outer steps."""
     names = list(dict.fromkeys(key.split("/")[0] for each in history for key in each.hyperparameters))
-    figure, axes = _grid(2 + len(names))
+    figure, axes = grid(2 + len(names))
     steps = [each.step for each in history]
     axes[0].plot(steps, [each.training_loss for each in history], label="training")
     axes[0].plot(steps, [each.validation_loss_sweep for each in history], label="validation")
@@ -46,7 +46,7 @@ def histograms(values: Mapping[str, Value]) -> Figure | None:
     large = {name: flattened(value) for name, value in values.items() if flattened(value).numel() > MAX_ELEMENTS}
     if not large:
         return None
-    figure, axes = _grid(len(large))
+    figure, axes = grid(len(large))
     for ax, (name, flat) in zip(axes, large.items(), strict=True):
         ax.hist(flat.cpu().double().numpy(), bins=50)
         ax.set_title(f"{name} ({flat.numel():,} elements)")
@@ -55,7 +55,8 @@ def histograms(values: Mapping[str, Value]) -> Figure | None:
     return figure
 
 
-def _grid(count: int) -> tuple[Figure, list[Axes]]:
+def grid(count: int) -> tuple[Figure, list[Axes]]:
+    """A figure with so many axes, three in a row at most."""
     from matplotlib.figure import Figure
 
     columns = min(count, 3)

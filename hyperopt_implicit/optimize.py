@@ -21,6 +21,7 @@ from hyperopt_implicit.hyper_optimizer import HyperOptimizer
 from hyperopt_implicit.outer_loop import OuterLoop, Run
 from hyperopt_implicit.problem import BilevelProblem
 from hyperopt_implicit.progress import ProgressBar
+from hyperopt_implicit.report import Report
 from hyperopt_implicit.tracking import RunTracker, Tracking
 
 Scheduler = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
@@ -82,7 +83,8 @@ def optimize(
         max_failures: stop after so many outer steps in a row in which nothing could be applied because a loss or a
             gradient was not finite. After each of them the model is put back to where it was before.
         seed: seed of torch's generators during the run; they are put back afterwards. None leaves them alone.
-        callbacks: called with each :class:`OuterStep` and the problem; returning True ends the run.
+        callbacks: called with each :class:`OuterStep` and the problem; returning True ends the run. What a
+            :class:`Report` among them has to show goes into the MLflow run.
         progress: draw a progress bar; None draws on a terminal only.
         tracking: an MLflow run with the default settings (True), with others (a :class:`Tracking`), or none (False).
 
@@ -144,14 +146,16 @@ def optimize(
         )
         # the only point before training at which the data and both losses are touched
         outer.check(loop.training.peek(), loop.validation.peek())
-        tracker = RunTracker(tracking, problem, outer.backend, described)
+        callbacks = list(callbacks)
+        reports = [each for each in callbacks if isinstance(each, Report)]
+        tracker = RunTracker(tracking, problem, outer.backend, described, reports)
         run = Run(
             loop,
             patience=patience,
             min_delta=min_delta,
             keep_best_model=keep_best_model,
             max_failures=max_failures,
-            callbacks=list(callbacks),
+            callbacks=callbacks,
         )
         try:
             with ProgressBar(outer_steps, progress) as bar:

@@ -9,7 +9,7 @@ import importlib.metadata
 import inspect
 import platform
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from hyperopt_implicit import figures
 from hyperopt_implicit.backend import Backend, options_of
 from hyperopt_implicit.history import OuterStep, Result
 from hyperopt_implicit.problem import BilevelProblem
+from hyperopt_implicit.report import Report
 
 
 def params_of(problem: BilevelProblem, backend: Backend) -> dict[str, Any]:
@@ -97,7 +98,15 @@ def source_tags(source: Path | None) -> dict[str, str]:
     return {**tags, "mlflow.source.git.commit": found.stdout.strip()} if found.returncode == 0 else tags
 
 
-def files_of(result: Result, folder: Path, *, save_state: bool) -> Iterator[tuple[Path, str | None]]:
+def description_of(reports: Iterable[Report]) -> str | None:
+    """What the reports have to say, as a list in Markdown; None where they say nothing."""
+    lines = [f"- {line}" for report in reports for line in report.lines()]
+    return "\n".join(lines) or None
+
+
+def files_of(
+    result: Result, folder: Path, *, save_state: bool, reports: Sequence[Report] = ()
+) -> Iterator[tuple[Path, str | None]]:
     """Write figures, history, values and states into a folder; gives each file with its place among the artifacts."""
     if not len(result.history):
         return
@@ -105,6 +114,8 @@ def files_of(result: Result, folder: Path, *, save_state: bool) -> Iterator[tupl
         "trajectories": figures.trajectories(result.history),
         "hyperparameters": figures.histograms(result.hyperparameters),
     }
+    for report in reports:
+        drawn.update(report.figures())
     for name, figure in drawn.items():
         if figure is not None:
             figure.savefig(folder / f"{name}.png", dpi=120)

@@ -13,7 +13,7 @@ import os
 import socket
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,13 +23,22 @@ from urllib.parse import urlsplit
 
 from hyperopt_implicit.errors import HyperoptError
 from hyperopt_implicit.messages import first_line
-from hyperopt_implicit.run_record import files_of, metrics_of, params_of, source_of, source_tags, summary_of
+from hyperopt_implicit.run_record import (
+    description_of,
+    files_of,
+    metrics_of,
+    params_of,
+    source_of,
+    source_tags,
+    summary_of,
+)
 from hyperopt_implicit.sender import MetricRecord, Sender, WriteFiles
 
 if TYPE_CHECKING:
     from hyperopt_implicit.backend import Backend
     from hyperopt_implicit.history import OuterStep, Result
     from hyperopt_implicit.problem import BilevelProblem
+    from hyperopt_implicit.report import Report
 
 DEFAULT_URI = "sqlite:///mlflow.db"
 _SQLITE = "sqlite:///"
@@ -160,8 +169,14 @@ class RunTracker(Tracker):
     """The MLflow run of one :func:`hyperopt_implicit.optimize`."""
 
     def __init__(
-        self, tracking: Tracking | bool, problem: BilevelProblem, backend: Backend, options: Mapping[str, Any]
+        self,
+        tracking: Tracking | bool,
+        problem: BilevelProblem,
+        backend: Backend,
+        options: Mapping[str, Any],
+        reports: Sequence[Report] = (),
     ) -> None:
+        self._reports = reports
         config = resolve(tracking)
         if config is None:
             super().__init__(None)
@@ -173,16 +188,22 @@ class RunTracker(Tracker):
             self.log_artifact(source, "source")
 
     def log_step(self, step: OuterStep) -> None:
-        """Take the record of one outer step; returns at once."""
+        """Take the record of one outer step, and what the reports saw in it; returns at once."""
         if self._sender is not None:
-            self.log_metrics(metrics_of(step), step.step)
+            metrics = metrics_of(step)
+            for report in self._reports:
+                metrics.update(report.metrics())
+            self.log_metrics(metrics, step.step)
 
     def close(self, result: Result, error: BaseException | None = None) -> None:
         """Log the summary, figures and final states, and end the run."""
         if self._sender is not None:
             self.log_metrics(summary_of(result), len(result.history))
             self.set_tag("stop_reason", result.stop_reason)
-            self.log_files(lambda folder: files_of(result, folder, save_state=self._save_state))
+            description = description_of(self._reports)
+            if description is not None:
+                self.set_tag("mlflow.note.content", description)
+            self.log_files(lambda folder: files_of(result, folder, save_state=self._save_state, reports=self._reports))
         self.end(error)
 
 

@@ -157,6 +157,7 @@ LAYERS = [
     {"problem", "operators", "implicit", "optimizers", "inner_loop", "preflight"},
     {"guarded_step"},
     {"hyper_optimizer", "history"},
+    {"report"},
     {"figures", "progress", "sender", "run_record"},
     {"tracking"},
     {"outer_loop"},

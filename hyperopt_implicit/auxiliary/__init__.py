@@ -8,5 +8,16 @@ from hyperopt_implicit.auxiliary.combiners import (
 )
 from hyperopt_implicit.auxiliary.context import Context
 from hyperopt_implicit.auxiliary.meta_optimizer import MetaOptimizer
+from hyperopt_implicit.auxiliary.task_report import TaskReading, TaskReport, TaskVerdict
 
-__all__ = ["Context", "ConvolutionalCombiner", "LinearCombiner", "LossCombiner", "MetaOptimizer", "NonlinearCombiner"]
+__all__ = [
+    "Context",
+    "ConvolutionalCombiner",
+    "LinearCombiner",
+    "LossCombiner",
+    "MetaOptimizer",
+    "NonlinearCombiner",
+    "TaskReading",
+    "TaskReport",
+    "TaskVerdict",
+]

@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from hyperopt_implicit.backend import Hypergradient, Spec, State, Status, get_backend
@@ -28,8 +27,8 @@ from hyperopt_implicit.vectors import Params, add, norm
 class _AuxiLearnSeries(ImplicitBackend):
     """Σ_{k≤K} (I − αH)ᵏ v as AuxiLearn forms it: no factor α in front, and no look at whether it grows."""
 
-    iterations: Annotated[int, Field(ge=0)]
-    step_size: Annotated[float, Field(gt=0)]
+    iterations: int
+    step_size: float
 
     def solve(self, hessian: LinearOperator, vector: Params, state: State, /) -> Solution:
         total = term = vector
