@@ -105,3 +105,29 @@ def train_with_hypergradients(
         with torch.no_grad():
             seen.append(float(case.validation_loss(model, case.validation_batch)))
     return seen
+
+
+def auxilearn_step(
+    training_loss: Tensor,
+    validation_loss: Tensor,
+    params: list[Tensor],
+    hparams: list[Tensor],
+    outer: torch.optim.Optimizer,
+    step_size: float,
+    terms: int,
+    max_norm: float,
+) -> list[Tensor]:
+    """An outer step as AuxiLearn takes it: the gradient by Σ_{k≤K} (I − αH)ᵏ v, without the factor α; clipped."""
+    vector = torch.autograd.grad(validation_loss, params, retain_graph=True)
+    grads = torch.autograd.grad(training_loss, params, create_graph=True)
+    term = total = list(vector)
+    for _ in range(terms):
+        products = torch.autograd.grad(grads, params, term, retain_graph=True)
+        term = [t - step_size * h for t, h in zip(term, products, strict=True)]
+        total = [s + t for s, t in zip(total, term, strict=True)]
+    gradient = [-m for m in torch.autograd.grad(grads, hparams, total, retain_graph=True)]
+    for p, g in zip(hparams, gradient, strict=True):
+        p.grad = g.clone()
+    torch.nn.utils.clip_grad_norm_(hparams, max_norm)
+    outer.step()
+    return gradient

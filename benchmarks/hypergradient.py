@@ -15,9 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import auxiliary
 import by_hand
 import torch
 from problems import ALL, Case
+from timing import interleaved
 from versions import versions_line
 
 import hyperopt_implicit as hi
@@ -38,20 +40,6 @@ class Row:
     allowed: float
     difference: float | None = None
     memory_ratio: float | None = None
-
-
-def interleaved(ours: Callable[[], object], theirs: Callable[[], object], seconds: float) -> tuple[float, float]:
-    """Median processor time of each, taking turns for about so many seconds, after a warm-up."""
-    for _ in range(3):
-        ours(), theirs()
-    times: dict[int, list[float]] = {0: [], 1: []}
-    until = time.perf_counter() + seconds
-    while time.perf_counter() < until or len(times[0]) < 5:
-        for which, call in enumerate((ours, theirs)):
-            started = time.thread_time()  # on shared cores, wall-clock time measures the neighbours
-            call()
-            times[which].append(time.thread_time() - started)
-    return statistics.median(times[0]), statistics.median(times[1])
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
@@ -209,8 +197,10 @@ def main() -> None:
     print(memory)
     costs = tracking_costs()
     print(costs)
+    auxiliary_rows = auxiliary.rows(arguments.seconds)
+    print(*auxiliary_rows, sep="\n")
     if arguments.write is not None:
-        arguments.write.write_text(page(rows, memory, costs))
+        arguments.write.write_text(page(rows, memory, costs) + "\n".join(["", *auxiliary.section(auxiliary_rows)]))
 
 
 def page(rows: list[Row], memory: dict[int, float], costs: dict[str, float]) -> str:
