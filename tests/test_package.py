@@ -185,3 +185,38 @@ def test_imports_point_downwards() -> None:
 def test_every_core_file_has_its_layer() -> None:
     """Beside the layers stand the re-exports, and the folder with the conformance suite."""
     assert {path.stem for path in CORE.glob("*.py")} == {"__init__", "backends"} | set().union(*LAYERS)
+
+
+AUXILIARY = CORE / "auxiliary"
+
+
+def test_auxiliary_learning_stands_on_the_core_and_below_the_loop() -> None:
+    above = {
+        "hyper_optimizer",
+        "outer_loop",
+        "optimize",
+        "search",
+        "tracking",
+        "run_record",
+        "sender",
+        "loading",
+        "cli",
+    }
+    for path in files(AUXILIARY):
+        used = {each.split(".")[1] for each in imports(path) if each.startswith("hyperopt_implicit.")}
+        assert used & above == set(), path.name
+    for path in CORE.glob("*.py"):
+        used = set(imports(path))
+        assert path.stem == "__init__" or not any("hyperopt_implicit.auxiliary" in each for each in used), path.name
+
+
+def test_public_names_of_auxiliary_learning() -> None:
+    modules = {path.stem for path in AUXILIARY.glob("*.py")}
+    assert sorted(hi.auxiliary.__all__) == hi.auxiliary.__all__
+    public = {name for name in vars(hi.auxiliary) if not name.startswith("_") and name not in modules}
+    assert public == set(hi.auxiliary.__all__)
+    assert [name for name in public if not (getattr(hi.auxiliary, name).__doc__ or "").strip()] == []
+
+
+def test_torchjd_is_only_imported_when_a_method_needs_it() -> None:
+    assert "torchjd" not in {name.split(".")[0] for name in loaded_after("import hyperopt_implicit.auxiliary")}

@@ -119,7 +119,7 @@ class TaskReport(Report):
         >>> report = hi.auxiliary.TaskReport(losses, tasks=["main", "other"])
         >>> _ = hi.optimize(problem, outer_steps=3, callbacks=[report], tracking=False)
         >>> print(*report.verdicts())
-        other: helps; weight 1 → 1, gradient across the main task's (cosine +0.00)
+        other: ignored; weight 1 → 1, gradient across the main task's (cosine +0.00)
     """
 
     def __init__(
@@ -222,7 +222,7 @@ class TaskReport(Report):
         elif cosine < -_OPPOSED:
             verdict = "harmful"
         else:
-            verdict = "helps" if end >= start or cosine > _OPPOSED else "ignored"
+            verdict = "helps" if end > start or cosine > _OPPOSED else "ignored"
         return TaskVerdict(self.tasks[i], verdict, start, end, cosine)
 
     def _batch(self, problem: BilevelProblem, role: str) -> Any:
