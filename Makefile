@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: help demo ui test test-slow check lint types docs doctest serve-docs benchmark examples clean
+.PHONY: help demo ui test test-slow check lint types docs doctest serve-docs benchmark examples auxiliary clean
 
 help:
 	@echo "make demo       set up and run the demo: auxiliary learning on digits"
@@ -14,6 +14,7 @@ help:
 	@echo "make check      lint, strict types, docs build, doctests and the code of the docs"
 	@echo "make benchmark  cost of the backends against loops written by hand; writes docs/benchmarks.md"
 	@echo "make examples   run every example in full; writes docs/examples.md"
+	@echo "make auxiliary  compare all methods for auxiliary learning; writes docs/auxiliary-results.md"
 
 # torch first: without a version, and as another package's dependency, it may bring gigabytes of GPU libraries
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -55,6 +56,9 @@ benchmark: $(VENV)/.installed
 
 examples: $(VENV)/.installed
 	$(BIN)/python benchmarks/examples.py docs/examples.md
+
+auxiliary: $(VENV)/.installed
+	$(BIN)/python benchmarks/examples.py docs/auxiliary-results.md
 
 serve-docs: $(VENV)/.installed
 	$(BIN)/mkdocs serve

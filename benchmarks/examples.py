@@ -1,6 +1,7 @@
-"""Run every example in full and write the docs page with what they print.
+"""Run examples in full and write the docs page with what they print.
 
-python benchmarks/examples.py docs/examples.md
+python benchmarks/examples.py docs/examples.md             every file in examples/
+python benchmarks/examples.py docs/auxiliary-results.md    every problem in examples/auxiliary_learning/
 """
 
 from __future__ import annotations
@@ -12,22 +13,83 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from versions import versions_line
 
-OTHER_SEEDS = {"auxiliary_digits": ["--first-seed", "5"]}  # as a check on settings that were chosen on few seeds
-EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
 _LINK = re.compile(r"MLflow|http://")  # where the run was logged means nothing to a reader
 
 
-def section(example: Path) -> str:
+@dataclass(frozen=True)
+class Page:
+    """A docs page of examples.
+
+    Attributes:
+        title: its heading.
+        introduction: what stands below it, as Markdown.
+        files: the examples, in order.
+        arguments: of the command of each example, by its name; a list for each time that it is run.
+        pictures: Markdown below an example's output, by its name.
+    """
+
+    title: str
+    introduction: str
+    files: Sequence[Path]
+    arguments: dict[str, list[list[str]]] = field(default_factory=dict)
+    pictures: dict[str, str] = field(default_factory=dict)
+
+
+def documentation_of(file: Path) -> str:
+    return ast.get_docstring(ast.parse(file.read_text())) or ""
+
+
+def _auxiliary() -> Page:
+    folder = EXAMPLES / "auxiliary_learning"
+    order = ("illustrative", "digits", "yeast", "labels", "tabular")
+    picture = ROOT / "docs" / "images" / "illustrative.png"
+    return Page(
+        title="Auxiliary learning, compared",
+        introduction=(
+            "What learned weights win over other ways of weighting the same tasks, and where they do not. Five "
+            "problems in `examples/auxiliary_learning/`, every method on the same split, the same network and the same "
+            "number of steps; every run is logged in MLflow. Written by `make auxiliary`.\n\n```text\n"
+            + documentation_of(folder / "comparison.py").split("\n\n", 1)[1]
+            + "\n```"
+        ),
+        files=[folder / f"{name}.py" for name in order],
+        arguments={"illustrative": [["--figure", str(picture)]]},
+        pictures={
+            "illustrative": f"![Training with equal and with learned weights of the tasks](images/{picture.name})",
+        },
+    )
+
+
+def _examples() -> Page:
+    return Page(
+        title="Examples",
+        introduction=(
+            "Each is one file in `examples/`, on real data, and prints the table below. Written by `make examples`. "
+            "The comparison of methods for auxiliary learning has [its own page](auxiliary-results.md)."
+        ),
+        files=sorted(EXAMPLES.glob("*.py")),
+        # other seeds, as a check on settings that were chosen on few
+        arguments={"auxiliary_digits": [[], ["--first-seed", "5"]]},
+    )
+
+
+PAGES = {"examples.md": _examples, "auxiliary-results.md": _auxiliary}
+
+
+def section(page: Page, example: Path) -> str:
     """One example: what its docstring says first, and what its commands printed."""
-    documentation = ast.get_docstring(ast.parse(example.read_text())) or ""
-    printed = output(example, [])
-    if example.stem in OTHER_SEEDS:
-        printed += output(example, OTHER_SEEDS[example.stem])
-    return f"## {example.stem}\n\n{documentation.split('.')[0]}.\n\n{printed}"
+    printed = "".join(output(example, arguments) for arguments in page.arguments.get(example.stem, [[]]))
+    picture = page.pictures.get(example.stem)
+    below = "" if picture is None else f"{picture}\n\n"
+    return f"## {example.stem}\n\n{documentation_of(example).split('.')[0]}.\n\n{printed}{below}"
 
 
 def output(example: Path, arguments: list[str]) -> str:
@@ -52,21 +114,18 @@ def output(example: Path, arguments: list[str]) -> str:
         raise SystemExit(f"{example.name} failed:\n{run.stderr}")
     printed = "\n".join(line.rstrip() for line in run.stdout.splitlines() if not _LINK.search(line)).strip()
     seconds = time.perf_counter() - started
-    command = " ".join(["python", f"examples/{example.name}", *arguments])
+    shown = [Path(each).name if Path(each).is_absolute() else each for each in arguments]
+    command = " ".join(["python", str(example.relative_to(ROOT)), *shown])
+    print(f"{command}: {seconds:.0f} seconds", file=sys.stderr)
     return f"`{command}`, {seconds:.0f} seconds with everything:\n\n```text\n{printed}\n```\n\n"
 
 
 def main() -> None:
-    sections = [section(example) for example in sorted(EXAMPLES.glob("*.py"))]
-    introduction = [
-        "# Examples",
-        "",
-        "Each is one file in `examples/`, on real data, and prints the table below. Written by `make examples`.",
-        "",
-        versions_line(),
-        "",
-    ]
-    Path(sys.argv[1]).write_text("\n".join(introduction) + "\n" + "".join(sections).rstrip() + "\n")
+    target = Path(sys.argv[1])
+    page = PAGES[target.name]()
+    head = "\n\n".join([f"# {page.title}", page.introduction, versions_line()])
+    sections = "".join(section(page, example) for example in page.files)
+    target.write_text(f"{head}\n\n{sections.rstrip()}\n")
 
 
 if __name__ == "__main__":

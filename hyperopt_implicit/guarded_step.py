@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -107,6 +108,13 @@ class GuardedStep:
         if kind not in self._warned:
             self._warned.add(kind)
             warn(f"{text} {done}; the next ones of this kind are only counted.")
+
+
+def honest(result: Hypergradient) -> Hypergradient:
+    """The same, as a failure where a loss is not finite: the derivative of a constant NaN is a finite zero."""
+    if math.isfinite(result.validation_loss) and math.isfinite(result.training_loss):
+        return result
+    return replace(result, status=Status.NON_FINITE)
 
 
 def check_policy(clip: float | None, on_failure: OnFailure) -> None:

@@ -6,9 +6,7 @@ that calls it, with inner steps around it, is in ``optimize.py``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ import torch
 from hyperopt_implicit.backend import Hypergradient, Spec, State, Status, get_backend
 from hyperopt_implicit.data import to_device
 from hyperopt_implicit.errors import HyperoptError, ProblemError
-from hyperopt_implicit.guarded_step import GuardedStep, OnFailure, check_policy
+from hyperopt_implicit.guarded_step import GuardedStep, OnFailure, check_policy, honest
 from hyperopt_implicit.hyperparameters import Value
 from hyperopt_implicit.preflight import preflight
 from hyperopt_implicit.problem import BilevelProblem
@@ -166,10 +164,7 @@ class HyperOptimizer:
         training, validation = _batches(self.problem, training_batches, validation_batch)
         if not self._checked:
             self.check(training[0], validation)
-        result = self.backend.hypergradient(self.problem, training, validation, self.state)
-        if not (math.isfinite(result.validation_loss) and math.isfinite(result.training_loss)):
-            # the derivative of a constant NaN is a finite zero
-            result = replace(result, status=Status.NON_FINITE)
+        result = honest(self.backend.hypergradient(self.problem, training, validation, self.state))
         self.state = result.state if result.status is not Status.NON_FINITE else {}
         return result
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+FOLDER = Path(__file__).parent.parent / "examples"
+SHARED = {"comparison"}  # imported by the problems beside it
+EXAMPLES = sorted(path for path in FOLDER.rglob("*.py") if path.stem not in SHARED)
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)

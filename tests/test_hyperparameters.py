@@ -328,3 +328,34 @@ def test_optimizer_hyperparameter_is_written_into_the_inner_optimizer() -> None:
     (group,) = problem.optimizer.param_groups
     assert group["lr"] == pytest.approx(0.25)
     assert group["betas"] == pytest.approx((0.5, 0.999))
+
+
+# -------------------------------------------------------------------------------------------------------- projection
+
+
+class NonNegative(nn.Linear):
+    """A layer that keeps its weights non-negative by correcting them."""
+
+    corrections = 0
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        self.corrections += 1
+        self.weight.clamp_(min=0.0)
+
+
+def test_outer_steps_project_each_module_that_asks_for_it() -> None:
+    """However deep, once a step; other modules, and attributes of that name that are no method, are left alone."""
+    network = nn.Sequential(nn.Sequential(NonNegative(2, 3), nn.Tanh()), nn.Linear(3, 1))
+    network[1].project_ = 3.0
+    problem = network_problem(network)
+    held = problem.hyperparameters()["network"]
+    outer = hi.HyperOptimizer(problem, torch.optim.SGD, lr=0.1, backend="cg")
+    batch = torch.randn(8, 2, dtype=torch.float64)
+    for step in range(1, 4):
+        outer.step(batch, batch - 1.0)
+        assert held[0][0].corrections == step
+        assert held[0][0].weight.min() == 0.0 < held[0][0].weight.max()
+    assert held[0][0].bias.min() < 0.0
+    assert held[1].weight.min() < 0.0
+    assert network[0][0].corrections == 0

@@ -388,3 +388,33 @@ def test_exact_refuses_a_large_model():
     problem = quadratic_problem(torch.eye(6, dtype=torch.float64))
     with pytest.raises(hi.BackendError, match=r"max_parameters=5 .*this one has 6.*Use 'cg'"):
         hi.hypergradient(problem, Exact(max_parameters=5), training_batches=[None], validation_batch=None)
+
+
+# ------------------------------------------------------------------------------------- neumann, the last product saved
+
+
+@pytest.mark.parametrize("step_size", [0.15, "auto"])
+@pytest.mark.parametrize("terms", [1, 2, 7])
+def test_neumann_without_the_last_product(terms, step_size):
+    """The value is the same; the residual is that of the series with one term less."""
+    with_it, products = solve(Neumann(terms=terms, step_size=step_size), POSITIVE, VECTOR)
+    without, fewer = solve(Neumann(terms=terms, step_size=step_size, measure_residual=False), POSITIVE, VECTOR)
+    torch.testing.assert_close(flat(without.value), flat(with_it.value), rtol=1e-14, atol=1e-15)
+    assert (without.status, without.iterations, fewer) == (Status.TRUNCATED, terms, products - 1)
+    assert without.residual > with_it.residual
+    if terms == 1:
+        assert without.residual == 1.0
+    else:
+        before, _ = solve(Neumann(terms=terms - 1, step_size=step_size), POSITIVE, VECTOR)
+        assert without.residual == before.residual
+
+
+def test_neumann_without_the_last_product_still_gives_up_and_converges():
+    """What the products before it show."""
+    options = {"terms": 1000, "measure_residual": False}
+    solution, products = solve(Neumann(step_size=0.2, tolerance=1e-3, **options), POSITIVE, VECTOR)
+    same, as_many = solve(Neumann(terms=1000, step_size=0.2, tolerance=1e-3), POSITIVE, VECTOR)
+    assert solution.status is Status.CONVERGED
+    assert (solution.residual, products) == (same.residual, as_many)
+    assert solve(Neumann(step_size=0.6, **options), POSITIVE, VECTOR)[0].status is Status.DIVERGED
+    assert solve(Neumann(step_size=0.2, **options), INDEFINITE, VECTOR)[0].status is Status.NEGATIVE_CURVATURE

@@ -41,7 +41,10 @@ class Exact(ImplicitBackend):
 
     def check(self, problem: BilevelProblem) -> None:
         super().check(problem)
-        size = sum(p.numel() for p in problem.params.values())
+        self._check_size(problem.params)
+
+    def _check_size(self, params: Params) -> None:
+        size = sum(p.numel() for p in params.values())
         if size > self.max_parameters:
             raise BackendError(
                 f"backend 'exact' forms a dense Hessian and takes models of up to max_parameters={self.max_parameters} "
@@ -49,6 +52,7 @@ class Exact(ImplicitBackend):
             )
 
     def solve(self, hessian: LinearOperator, vector: Params, state: State, /) -> Solution:
+        self._check_size(vector)
         v = _flatten(vector)
         columns = []
         for basis in torch.eye(v.numel(), dtype=v.dtype, device=v.device):

@@ -1,4 +1,8 @@
-"""Auxiliary learning: combining the losses of several tasks so that the main one generalises."""
+"""Auxiliary learning: combining the losses of several tasks so that the main one generalises.
+
+What is learned through the validation loss is in ``combiners.py`` and ``labels.py``, what it is compared with in
+``weighting.py`` and the files of methods beside it.
+"""
 
 from hyperopt_implicit.auxiliary.combiners import (
     ConvolutionalCombiner,
@@ -7,17 +11,41 @@ from hyperopt_implicit.auxiliary.combiners import (
     NonlinearCombiner,
 )
 from hyperopt_implicit.auxiliary.context import Context
+from hyperopt_implicit.auxiliary.gradient_weighting import GradientCosine, GradNorm, PCGrad
+from hyperopt_implicit.auxiliary.labels import LabelGenerator, focal_loss, label_entropy
+from hyperopt_implicit.auxiliary.loss_weighting import (
+    DynamicWeightAverage,
+    EqualWeights,
+    FixedWeights,
+    SingleTask,
+    UncertaintyWeighting,
+)
 from hyperopt_implicit.auxiliary.meta_optimizer import MetaOptimizer
 from hyperopt_implicit.auxiliary.task_report import TaskReading, TaskReport, TaskVerdict
+from hyperopt_implicit.auxiliary.weighting import Weighting, get_weighting, list_weightings
 
 __all__ = [
     "Context",
     "ConvolutionalCombiner",
+    "DynamicWeightAverage",
+    "EqualWeights",
+    "FixedWeights",
+    "GradNorm",
+    "GradientCosine",
+    "LabelGenerator",
     "LinearCombiner",
     "LossCombiner",
     "MetaOptimizer",
     "NonlinearCombiner",
+    "PCGrad",
+    "SingleTask",
     "TaskReading",
     "TaskReport",
     "TaskVerdict",
+    "UncertaintyWeighting",
+    "Weighting",
+    "focal_loss",
+    "get_weighting",
+    "label_entropy",
+    "list_weightings",
 ]

@@ -14,7 +14,6 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import weight_norm as normalise
 
 from hyperopt_implicit.auxiliary.context import Context
 from hyperopt_implicit.auxiliary.monotone import (
@@ -24,6 +23,7 @@ from hyperopt_implicit.auxiliary.monotone import (
     clamp_,
     constrained,
     inverse_softplus,
+    normalise_,
 )
 from hyperopt_implicit.errors import AuxiliaryError
 
@@ -73,15 +73,25 @@ class LossCombiner(nn.Module, ABC):
             labels: the main task's, where it is conditioned on them.
         """
         self._check(losses)
-        context = None if self.context is None else self.context(inputs, labels)
+        context = None if self.context is None else self.context(inputs, labels).to(losses.dtype)
+        if context is not None and len(context) != len(losses):
+            raise AuxiliaryError(
+                f"losses and context must have one row for each sample; got {len(losses)} rows of losses and "
+                f"{len(context)} of inputs and labels."
+            )
         return self.per_sample(losses, context).mean()
 
     def _check(self, losses: Tensor) -> None:
-        if losses.dim() == self.dimensions and losses.shape[1] == self.tasks:
-            return
         wanted = "[batch, tasks]" if self.dimensions == 2 else "[batch, tasks, height, width]"
-        rule = f"{type(self).__name__} takes losses of shape {wanted} with {self.tasks} tasks"
+        name = type(self).__name__.removeprefix("Parametrized")  # torch renames a module that is parametrised
+        rule = f"{name} takes losses of shape {wanted} with {self.tasks} tasks"
+        if not isinstance(losses, Tensor):
+            raise AuxiliaryError(f"{rule}; got {type(losses).__name__}. Stack them: torch.stack(losses, dim=1).")
         found = tuple(losses.shape)
+        if losses.dim() == self.dimensions and found[1] == self.tasks:
+            if found[0] == 0:
+                raise AuxiliaryError(f"{rule}; got {found}, a batch without samples, which has no mean.")
+            return
         if losses.dim() < self.dimensions:
             remedy = (
                 "They are already reduced: compute them with reduction='none' and stack them along dimension 1, or "
@@ -90,11 +100,15 @@ class LossCombiner(nn.Module, ABC):
         elif losses.dim() > self.dimensions:
             remedy = "Reduce each task's loss to that shape first, for instance by its mean over what is too much."
         else:
-            remedy = f"Give it one column for each task, or make it with tasks={losses.shape[1]}."
+            remedy = "Give it one column for each task"
+            remedy += f", or make it with tasks={found[1]}." if found[1] > 1 else "."
         raise AuxiliaryError(f"{rule}; got {found}. {remedy}")
 
     def project_(self) -> None:
-        """Put the parameters back where they are allowed; outer steps call it. Only ``monotone="clamp"`` needs it."""
+        """Put the parameters back where they are allowed, which only ``monotone="clamp"`` needs.
+
+        ``optimize`` and ``HyperOptimizer`` call it after each outer step; with ``MetaOptimizer``, call it yourself.
+        """
 
     def extra_repr(self) -> str:
         return f"tasks={self.tasks}, main_task={self.main_task}"
@@ -158,7 +172,7 @@ class LinearCombiner(LossCombiner):
         self.learn_main = learn_main or softmax
         self.weight = nn.Parameter(self._raw(self._start(init)))
         if weight_norm:
-            normalise(self, "weight", dim=None)  # type: ignore[arg-type]  # one length for all of them
+            normalise_(self, dim=None)  # one length for all of them
         self.shift = None if context is None else nn.Linear(context.size, len(self.weight), bias=False)
         if self.shift is not None:
             nn.init.zeros_(self.shift.weight)
@@ -263,7 +277,7 @@ class NonlinearCombiner(_NetworkCombiner):
     Args:
         tasks: how many tasks, the main one included.
         main_task: the place of the main task among them.
-        hidden_sizes: widths of the hidden layers.
+        hidden_sizes: widths of the hidden layers; one number for a single layer.
         activation: ``"softplus"``, ``"tanh"``, ``"sigmoid"``, ``"relu"``, ``"leaky_relu"``, ``"elu"`` or
             ``"identity"``; where monotone is False also ``"gelu"``, ``"silu"``, ``"mish"`` or any module.
         skip_connection: whether the main loss is added to what the network gives.
@@ -290,7 +304,7 @@ class NonlinearCombiner(_NetworkCombiner):
         tasks: int,
         *,
         main_task: int = 0,
-        hidden_sizes: Sequence[int] = (16,),
+        hidden_sizes: int | Sequence[int] = (16,),
         activation: str | nn.Module = "softplus",
         skip_connection: bool = True,
         dropout: float = 0.0,
@@ -298,7 +312,8 @@ class NonlinearCombiner(_NetworkCombiner):
         weight_norm: bool = False,
         context: Context | None = None,
     ) -> None:
-        _check_network(hidden_sizes, "hidden_sizes", dropout)
+        hidden_sizes = _checked_sizes(hidden_sizes, "hidden_sizes")
+        _check_dropout(dropout)
         super().__init__(
             tasks,
             hidden_sizes,
@@ -321,7 +336,7 @@ class ConvolutionalCombiner(_NetworkCombiner):
     Args:
         tasks: how many tasks, the main one included.
         main_task: the place of the main task among them.
-        channels: of the hidden layers.
+        channels: of the hidden layers; one number for a single layer.
         kernel_size: odd, of every layer; images keep their size, with zeros around them.
         activation: as in :class:`NonlinearCombiner`.
         skip_connection: whether the main loss is added to what the network gives.
@@ -347,7 +362,7 @@ class ConvolutionalCombiner(_NetworkCombiner):
         tasks: int,
         *,
         main_task: int = 0,
-        channels: Sequence[int] = (8,),
+        channels: int | Sequence[int] = (8,),
         kernel_size: int = 3,
         activation: str | nn.Module = "softplus",
         skip_connection: bool = True,
@@ -356,7 +371,8 @@ class ConvolutionalCombiner(_NetworkCombiner):
         weight_norm: bool = False,
         context: Context | None = None,
     ) -> None:
-        _check_network(channels, "channels", dropout)
+        channels = _checked_sizes(channels, "channels")
+        _check_dropout(dropout)
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise AuxiliaryError(f"kernel_size must be odd, so that images keep their size; got {kernel_size}.")
         super().__init__(
@@ -373,8 +389,13 @@ class ConvolutionalCombiner(_NetworkCombiner):
         )
 
 
-def _check_network(sizes: Sequence[int], name: str, dropout: float) -> None:
-    if not sizes or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in sizes):
-        raise AuxiliaryError(f"{name} must hold at least one positive whole number; got {tuple(sizes)!r}.")
+def _checked_sizes(sizes: int | Sequence[int], name: str) -> tuple[int, ...]:
+    given = (sizes,) if isinstance(sizes, int) else tuple(sizes)
+    if not given or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in given):
+        raise AuxiliaryError(f"{name} must hold at least one positive whole number; got {given!r}.")
+    return given
+
+
+def _check_dropout(dropout: float) -> None:
     if not 0.0 <= dropout < 1.0:
         raise AuxiliaryError(f"dropout must be a share of at least 0 and below 1; got {dropout!r}.")

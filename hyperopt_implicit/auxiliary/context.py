@@ -60,15 +60,14 @@ class Context(nn.Module):
         if self.classes:
             if labels is None:
                 raise AuxiliaryError("this combiner is conditioned on the labels: call it with labels=.")
-            if (
-                labels.is_floating_point()
-                or labels.dim() != 1
-                or not bool((labels.ge(0) & labels.lt(self.classes)).all())
-            ):
-                raise AuxiliaryError(
-                    f"labels must be whole numbers from 0 to {self.classes - 1}, one for each sample; got "
-                    f"{labels.dtype} of shape {tuple(labels.shape)}."
-                )
-            dtype = parts[0].dtype if parts else torch.get_default_dtype()
-            parts.append(F.one_hot(labels, self.classes).to(dtype))
+            self._check_labels(labels)
+            one_hot = F.one_hot(labels.long(), self.classes)
+            parts.append(one_hot.to(parts[0].dtype if parts else torch.get_default_dtype()))
         return torch.cat(parts, dim=1)
+
+    def _check_labels(self, labels: Tensor) -> None:
+        rule = f"labels must be whole numbers from 0 to {self.classes - 1}, one for each sample"
+        if labels.is_floating_point() or labels.dtype == torch.bool or labels.dim() != 1:
+            raise AuxiliaryError(f"{rule}; got {labels.dtype} of shape {tuple(labels.shape)}.")
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.classes:
+            raise AuxiliaryError(f"{rule}; got {int(labels.min())} to {int(labels.max())}.")

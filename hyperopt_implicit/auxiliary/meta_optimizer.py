@@ -7,7 +7,7 @@ caller has computed. ``HyperOptimizer`` is the choice for new code: it knows the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hyperopt_implicit.backend import Hypergradient, Spec, State, Status, get_backend
 from hyperopt_implicit.errors import AuxiliaryError, BackendError, SecondDerivativeError
-from hyperopt_implicit.guarded_step import GuardedStep, OnFailure
+from hyperopt_implicit.guarded_step import GuardedStep, OnFailure, honest
 from hyperopt_implicit.implicit import ImplicitBackend, Solution
 from hyperopt_implicit.messages import first_line
 from hyperopt_implicit.operators import LinearOperator, LossHessian, gradients, undifferentiable_operator
@@ -107,6 +107,12 @@ class MetaOptimizer:
         on_failure: OnFailure = "warn",
         meta_optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
+        if base_optimizer is not None and meta_optimizer is not None:
+            raise AuxiliaryError("meta_optimizer is AuxiLearn's name for base_optimizer; give one of the two.")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise AuxiliaryError(
+                f"max_grad_norm must be a positive norm, or None for no clipping; got {max_grad_norm!r}."
+            )
         optimizer = base_optimizer if base_optimizer is not None else meta_optimizer
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise AuxiliaryError(
@@ -156,7 +162,7 @@ class MetaOptimizer:
         if self.last is None:
             _check_weight_norm(train_loss, params)
         self.zero_grad()
-        self.last = self._hypergradient(train_loss, val_loss, params, hparams)
+        self.last = honest(self._hypergradient(train_loss, val_loss, params, hparams))
         self._state = self.last.state if self.last.status is not Status.NON_FINITE else {}
         self._guard.apply(self.last, hparams)
         if not return_grads:
@@ -180,6 +186,11 @@ class MetaOptimizer:
                 hessian = LossHessian(train_loss, params, hparams)
                 return self.backend.differentiate(hessian, vector, direct, float(val_loss.detach()), self._state)
             except (RuntimeError, NotImplementedError) as error:
+                if "backward through the graph a second time" in str(error):
+                    raise AuxiliaryError(
+                        "both losses must come with graphs that were not used up; one was, by .backward() or "
+                        "torch.autograd.grad. Compute the losses anew for the outer step."
+                    ) from error
                 if undifferentiable_operator(error) is None:
                     raise
                 raise SecondDerivativeError(
@@ -216,7 +227,7 @@ def _implicit_backend(
 ) -> ImplicitBackend:
     if isinstance(truncate_iter, bool) or not isinstance(truncate_iter, int) or truncate_iter < 0:
         raise AuxiliaryError(f"truncate_iter must be a whole number of at least 0; got {truncate_iter!r}.")
-    if not 0.0 < hpo_lr < math.inf:
+    if not isinstance(hpo_lr, int | float) or not 0.0 < hpo_lr < math.inf:
         raise AuxiliaryError(f"hpo_lr must be a positive number; got {hpo_lr!r}.")
     if backend is None:
         if auxilearn_scaling:
@@ -238,22 +249,26 @@ def _implicit_backend(
 def _check_weight_norm(train_loss: Tensor, params: Params) -> None:
     """Refuse a fused weight norm of the model: its second derivative in torch is wrong, and silently so."""
     wanted = {id(p) for p in params.values()}
-    seen: set[object] = set()
-    pending: list[Any] = [train_loss.grad_fn]
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        below = [each for each, _ in node.next_functions]
+    for node in _below(train_loss.grad_fn):
         if node.name().startswith("WeightNormInterface") and any(
-            id(getattr(each, "variable", None)) in wanted for each in below
+            id(getattr(each, "variable", None)) in wanted for each in _below(node)
         ):
             raise SecondDerivativeError(
                 "the training loss is differentiated twice, and torch's second derivative of weight_norm is wrong. "
                 "Write the normalised weight as g * v / v.norm() in the model, or use HyperOptimizer, which does so."
             )
-        pending += below
+
+
+def _below(start: Any) -> Iterator[Any]:
+    """A node of the graph, and all those that it was computed from."""
+    seen: set[object] = set()
+    pending = [start]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            pending += [each for each, _ in node.next_functions]
 
 
 def _named(tensors: Iterable[Tensor], what: str) -> Params:

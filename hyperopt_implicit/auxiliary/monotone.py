@@ -30,6 +30,7 @@ _RISING: dict[str, type[nn.Module]] = {
     "elu": nn.ELU,
     "identity": nn.Identity,
 }
+_SMALL = 1e-12
 _OTHERS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "silu": nn.SiLU, "mish": nn.Mish}
 
 
@@ -50,7 +51,7 @@ class Softplus(nn.Module):
 
 def check_monotone(monotone: Monotone) -> None:
     """Refuse what is not one of the three settings."""
-    if monotone not in (True, False, "clamp"):
+    if not (isinstance(monotone, bool) or monotone == "clamp"):  # 1 == True, but is not
         raise AuxiliaryError(f"monotone must be True, False or 'clamp'; got {monotone!r}.")
 
 
@@ -66,12 +67,29 @@ def activation_module(activation: str | nn.Module, monotone: Monotone) -> nn.Mod
                 f"{nearest(str(activation), known)}"
             )
         module = known[activation]()
-    if monotone and type(module) not in _RISING.values():
+    if monotone and not _rises(module):
         raise AuxiliaryError(
             f"a monotone combiner needs an activation that never falls ({', '.join(_RISING)}); {type(module).__name__} "
             "is not known to be one. Choose one of these, or set monotone=False."
         )
     return module
+
+
+def _rises(module: nn.Module) -> bool:
+    """Whether it is one of the known kinds, and was not made to fall by its options."""
+    slopes = [getattr(module, name, 1.0) for name in ("negative_slope", "alpha", "beta")]
+    return type(module) in _RISING.values() and all(slope >= 0 for slope in slopes)
+
+
+@torch.no_grad()
+def normalise_(layer: nn.Module, dim: int | None = 0) -> None:
+    """Train length and direction of a layer's weight apart; dim None has one length for the whole weight."""
+    start = layer.weight.detach().clone()  # type: ignore[operator]
+    normalise(layer, "weight", dim=dim)  # type: ignore[arg-type]
+    if not bool(start.any()):  # the zero vector has no direction: let it grow along all entries alike
+        length, direction = layer.parametrizations.weight.parameters()  # type: ignore[union-attr]
+        length.zero_()
+        direction.fill_(1.0)
 
 
 @torch.no_grad()
@@ -85,7 +103,7 @@ def constrained(layer: nn.Linear | nn.Conv2d, monotone: Monotone, weight_norm: b
         fan_in = layer.weight[0].numel()
         layer.weight.uniform_(0.5 * gain / fan_in, 1.5 * gain / fan_in)
     if weight_norm:
-        normalise(layer, "weight")
+        normalise_(layer)
     if monotone is True:
         parametrize.register_parametrization(layer, "weight", Softplus())
     return layer
@@ -95,7 +113,8 @@ def constrained(layer: nn.Linear | nn.Conv2d, monotone: Monotone, weight_norm: b
 def clamp_(layer: nn.Module) -> None:
     """Put the negative weights of a layer to zero; of a normalised one, its lengths and directions."""
     if parametrize.is_parametrized(layer, "weight"):
-        for p in layer.parametrizations.weight.parameters():  # type: ignore[union-attr]
-            p.clamp_(min=0.0)
+        length, direction = layer.parametrizations.weight.parameters()  # type: ignore[union-attr]
+        length.clamp_(min=0.0)
+        direction.clamp_(min=_SMALL)  # a direction of zeros could not be normalised
     else:
         layer.weight.clamp_(min=0.0)  # type: ignore[operator]
