@@ -103,7 +103,7 @@ BACKENDS: dict[str, Refusal] = {
     "unknown option": (
         lambda model: run(model, backend={"name": "neumann", "trems": 3}),
         hi.BackendError,
-        "Neumann has no option 'trems'; it has terms, step_size, tolerance. Did you mean 'terms'?",
+        "Neumann has no option 'trems'; it has terms, step_size, tolerance, measure_residual. Did you mean 'terms'?",
     ),
     "option out of range": (
         lambda model: hi.get_backend("neumann", terms=0),
