@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import by_hand
 import torch
 import torch.nn.functional as F
-from timing import interleaved
+from timing import interleaved, keep_freed_memory
 from torch import Tensor, nn
 
 from hyperopt_implicit.auxiliary import MetaOptimizer, NonlinearCombiner
@@ -173,5 +173,6 @@ def section(found: list[AuxiliaryRow]) -> list[str]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    keep_freed_memory()
     for row in rows(seconds=6.0):
         print(row)

@@ -19,7 +19,7 @@ import auxiliary
 import by_hand
 import torch
 from problems import ALL, Case
-from timing import interleaved
+from timing import interleaved, keep_freed_memory
 from versions import versions_line
 
 import hyperopt_implicit as hi
@@ -177,6 +177,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6.0, help="time for each comparison")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()
     rows = []
     for make in ALL:
         case = make()
@@ -210,7 +211,8 @@ def page(rows: list[Row], memory: dict[int, float], costs: dict[str, float]) -> 
         "",
         "Written by `make benchmark` (`python benchmarks/hypergradient.py --write docs/benchmarks.md`).",
         "",
-        f"{versions_line()} Medians of runs that take turns in one process; processor time for single hypergradients.",
+        f"{versions_line()} Medians of runs that take turns in one process; processor time for single hypergradients, with "
+        "an allocator that keeps freed memory.",
         "",
         "## A hypergradient, against the same loop written by hand",
         "",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -19,3 +21,16 @@ def interleaved(ours: Callable[[], object], theirs: Callable[[], object], second
             call()
             times[which].append(time.thread_time() - started)
     return statistics.median(times[0]), statistics.median(times[1])
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep what is freed for the next call.
+
+    Otherwise large tensors come fresh from the system, or not, by where the heap happens to end; the page faults of the
+    same operations then differ by a third between two functions, and from run to run.
+    """
+    if sys.platform == "linux":
+        trim_threshold, mmap_threshold = -1, -3
+        libc = ctypes.CDLL("libc.so.6")
+        for option in (trim_threshold, mmap_threshold):
+            libc.mallopt(option, 2**31 - 1)
