@@ -211,8 +211,8 @@ def page(rows: list[Row], memory: dict[int, float], costs: dict[str, float]) -> 
         "",
         "Written by `make benchmark` (`python benchmarks/hypergradient.py --write docs/benchmarks.md`).",
         "",
-        f"{versions_line()} Medians of runs that take turns in one process; processor time for single hypergradients, with "
-        "an allocator that keeps freed memory.",
+        f"{versions_line()} Medians of runs that take turns in one process; processor time for single hypergradients, "
+        "with an allocator that keeps freed memory.",
         "",
         "## A hypergradient, against the same loop written by hand",
         "",
