@@ -79,7 +79,7 @@ class Network(nn.Module):
         return self.heads[task](self.trunk(rows))
 
 
-@hi.hyperparameter("task_weights", init=torch.ones(len(TASKS)), constraint=constraints.positive)
+@hi.hyperparameter("task_weights", init=torch.ones(len(TASKS)), constraint=constraints.positive, elements=TASKS)
 def training_loss(model: Network, batch: tuple[Labelled, Unlabelled], *, task_weights: Tensor) -> Tensor:
     labelled, unlabelled = batch
     rows, labels = labelled

@@ -60,7 +60,7 @@ _REMEDIES = {
     Status.NEGATIVE_CURVATURE: (
         "The training loss curves downwards somewhere, so the model is not at a minimum of it; the result stops "
         "short of that direction. Train longer before each outer step, add weight decay to the training loss, or use "
-        "a backend with damping ('cg')."
+        "damping (an option of 'cg' and 'exact')."
     ),
     Status.DIVERGED: (
         "The iteration grew instead of shrinking, and the last sound iterate was returned. Use a smaller step size, or "
@@ -68,7 +68,7 @@ _REMEDIES = {
     ),
     Status.SINGULAR: (
         "The Hessian has no inverse; the solution of least norm leaves a residual. Add weight decay to the training "
-        "loss, or use a backend with damping ('cg')."
+        "loss, or use damping (an option of 'cg' and 'exact')."
     ),
     Status.NON_FINITE: (
         "A loss, a product or a gradient was NaN or infinite. Lower the inner learning rate, clip, or look for a "

@@ -114,7 +114,7 @@ def run(
     built = build(find_problem(load_file(file), problem), _pairs(knob, "--knob"))
     if device is not None:
         built.to(device)
-    start = summarise(built.hyperparameters.values())
+    start = summarise(built.hyperparameters.values(), built.hyperparameters.element_names)
     result = optimize(
         built,
         found,
@@ -352,7 +352,8 @@ def _print_result(result: Result, start: dict[str, float]) -> None:
     table = Table(box=None, pad_edge=False)
     for column in ("hyperparameter", "start", "best", "last"):
         table.add_column(column, justify="left" if column == "hyperparameter" else "right")
-    best, last = summarise(result.best_hyperparameters), summarise(result.hyperparameters)
+    names = result.problem.hyperparameters.element_names
+    best, last = (summarise(each, names) for each in (result.best_hyperparameters, result.hyperparameters))
     for name, value in start.items():
         table.add_row(name, f"{value:.4g}", f"{best[name]:.4g}", f"{last[name]:.4g}")
     out.print(table)

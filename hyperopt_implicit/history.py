@@ -68,12 +68,19 @@ Callback = Callable[[OuterStep, "BilevelProblem"], bool | None]
 
 
 @torch.no_grad()
-def summarise(values: Mapping[str, Value]) -> dict[str, float]:
-    """Hyperparameters as numbers: ``name`` for one element, ``name/0`` … up to 20, else min, mean and max."""
+def summarise(
+    values: Mapping[str, Value], element_names: Mapping[str, tuple[str, ...]] | None = None
+) -> dict[str, float]:
+    """Hyperparameters as numbers: ``name`` for one element, ``name/0`` … up to 20, else min, mean and max.
+
+    Elements with names of their own are given by these, ``name/element``, however many they are.
+    """
     numbers: dict[str, float] = {}
     for name, value in values.items():
         flat = flattened(value)
-        if flat.numel() == 1:
+        if element_names is not None and name in element_names:
+            numbers.update((f"{name}/{each}", x) for each, x in zip(element_names[name], flat.tolist(), strict=True))
+        elif flat.numel() == 1:
             numbers[name] = float(flat)
         elif flat.numel() <= MAX_ELEMENTS and isinstance(value, Tensor):
             numbers.update((f"{name}/{i}", x) for i, x in enumerate(flat.tolist()))

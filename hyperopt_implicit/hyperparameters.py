@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -36,6 +36,7 @@ class Declaration:
     init: Initial
     constraint: Constraint
     target: Target
+    elements: tuple[str, ...] | None = None
 
     @property
     def transform(self) -> Transform:
@@ -52,6 +53,8 @@ class Declaration:
             init = init(model)
         like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(()))
         if isinstance(init, nn.Module):
+            if self.elements is not None:
+                raise DeclarationError(f"hyperparameter {self.name!r} is an nn.Module; only a tensor takes elements=.")
             self._check_module(init)
             return copy.deepcopy(init).to(device=like.device, dtype=like.dtype)
         try:
@@ -63,6 +66,11 @@ class Declaration:
                 f"model that returns one of them; got {type(init).__name__}."
             ) from error
         value = given.to(device=like.device, dtype=like.dtype, copy=True)
+        if self.elements is not None and len(self.elements) != value.numel():
+            raise DeclarationError(
+                f"hyperparameter {self.name!r}: elements must name each of its {value.numel()} elements; got "
+                f"{len(self.elements)} names."
+            )
         self._check(given, value)
         return value
 
@@ -111,6 +119,7 @@ def hyperparameter(
     init: Initial,
     constraint: Constraint = constraints.real,
     target: Target = "loss",
+    elements: Sequence[str] | None = None,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Declare a hyperparameter that is trained by its gradient; put it on the training loss, one line for each.
 
@@ -126,6 +135,8 @@ def hyperparameter(
             map (``positive``, ``interval(0, 1)``, ``simplex``, ``lower_cholesky``, …).
         target: ``"loss"``, or ``"optimizer"`` for a hyperparameter of the inner optimizer. Only backends that
             differentiate through the training steps can see the latter.
+        elements: a name for each element of a tensor, such as those of the tasks that are weighted; records and figures
+            show them in the place of numbers.
 
     Raises:
         DeclarationError: the name is taken, or the constraint has no map from unconstrained values.
@@ -142,7 +153,7 @@ def hyperparameter(
         >>> training_loss(model, (torch.ones(1, 1), torch.zeros(1, 1))).item()
         4.4...
     """
-    declaration = _declaration(name, init, constraint, target)
+    declaration = _declaration(name, init, constraint, target, elements)
 
     def decorate(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         below = declarations_of(function)
@@ -174,7 +185,9 @@ def hyperparameter(
     return decorate
 
 
-def _declaration(name: str, init: Initial, constraint: Constraint, target: Target) -> Declaration:
+def _declaration(
+    name: str, init: Initial, constraint: Constraint, target: Target, elements: Sequence[str] | None
+) -> Declaration:
     if not isinstance(name, str) or not name.isidentifier():
         raise DeclarationError(f"a hyperparameter's name must be a Python identifier; got {name!r}.")
     if hasattr(Hyperparameters((), nn.Module()), name):
@@ -184,7 +197,12 @@ def _declaration(name: str, init: Initial, constraint: Constraint, target: Targe
         )
     if target not in get_args(Target):
         raise DeclarationError(f"hyperparameter {name!r}: target must be 'loss' or 'optimizer'; got {target!r}.")
-    declaration = Declaration(name, init, constraint, target)
+    if elements is not None and (isinstance(elements, str) or len(set(elements)) < len(elements)):
+        raise DeclarationError(
+            f"hyperparameter {name!r}: elements must be a sequence of names, all different; got {elements!r}."
+        )
+    names = None if elements is None else tuple(map(str, elements))
+    declaration = Declaration(name, init, constraint, target, names)
     try:
         _ = declaration.transform
     except (NotImplementedError, TypeError, AttributeError) as error:
@@ -240,6 +258,11 @@ class Hyperparameters(nn.Module):
     def declarations(self) -> dict[str, Declaration]:
         """The declarations by name, in the order in which they stand on the losses."""
         return self._declarations
+
+    @property
+    def element_names(self) -> dict[str, tuple[str, ...]]:
+        """The names of the elements of those tensors that were declared with ``elements``."""
+        return {name: each.elements for name, each in self._declarations.items() if each.elements is not None}
 
     def names(self, target: Target) -> list[str]:
         """The names of the hyperparameters that a loss, or the inner optimizer, uses."""

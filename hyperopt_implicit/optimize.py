@@ -66,7 +66,7 @@ def optimize(
         warmup_steps: training steps before the first outer step, with the hyperparameters at rest.
         outer_optimizer: a ``torch.optim`` class, which gets ``lr=outer_lr``, or a callable that makes an optimizer
             from a list of tensors. It moves unconstrained values.
-        outer_lr: learning rate of the outer optimizer.
+        outer_lr: learning rate of the outer optimizer, where that is given as a class.
         clip: largest norm of the hypergradient; longer ones are scaled down.
         hessian_batches: training batches over which an implicit backend averages the Hessian.
         restart: start training anew, from the initial weights and optimizer state, before each outer step. A learning
@@ -129,6 +129,7 @@ def optimize(
     lr = {"lr": outer_lr} if isinstance(outer_optimizer, type) else {}
     outer = HyperOptimizer(problem, outer_optimizer, backend=backend, clip=clip, on_failure=on_failure, **lr)
     described = {**options, "outer_optimizer": type(outer.optimizer).__name__}
+    described["outer_lr"] = outer.optimizer.param_groups[0].get("lr")  # a callable has its own
     with _seeded(seed, problem.device):
         loop = OuterLoop(
             outer=outer,

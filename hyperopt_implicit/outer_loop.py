@@ -129,7 +129,7 @@ class Run:
         trained = time.perf_counter()
         with torch.no_grad():
             values = problem.hyperparameters()
-        shown = summarise(values)
+        shown = summarise(values, problem.hyperparameters.element_names)
         result = self.loop.differentiate()
         finite = [loss for loss in losses if math.isfinite(loss)]
         lost = result.status is Status.NON_FINITE or not is_finite(problem.params)

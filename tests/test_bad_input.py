@@ -44,6 +44,10 @@ def optimizer_option(name: str, init: Any = 0.1) -> Loss:
     return hi.hyperparameter(name, init=init, target="optimizer")(good)
 
 
+def other(model: nn.Module, batch: Tensor, *, decay: Any) -> Tensor:
+    return plain(model, batch) * decay.sum()
+
+
 def undeclared(model: nn.Module, batch: Tensor, *, temperature: float) -> Tensor:
     return plain(model, batch) * temperature
 
@@ -65,6 +69,21 @@ DECLARATIONS: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], str]]
         hi.DeclarationError,
         "a hyperparameter must be a keyword of a loss; neither training_loss nor validation_loss takes 'wait_decay'. "
         "Add it to the signature, or declare it with target='optimizer' if the inner optimizer uses it.",
+    ),
+    "one name for two elements": (
+        lambda model: build(model, hi.hyperparameter("decay", init=torch.ones(2), elements=["first"])(other)),
+        hi.DeclarationError,
+        "hyperparameter 'decay': elements must name each of its 2 elements; got 1 names.",
+    ),
+    "one name twice": (
+        lambda model: hi.hyperparameter("decay", init=torch.ones(2), elements=["first", "first"])(good),
+        hi.DeclarationError,
+        "hyperparameter 'decay': elements must be a sequence of names, all different; got ['first', 'first'].",
+    ),
+    "names for the elements of a module": (
+        lambda model: build(model, hi.hyperparameter("decay", init=nn.Linear(1, 1), elements=["w", "b"])(other)),
+        hi.DeclarationError,
+        "hyperparameter 'decay' is an nn.Module; only a tensor takes elements=.",
     ),
     "never declared": (
         lambda model: build(model, undeclared),

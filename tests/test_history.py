@@ -106,3 +106,26 @@ def test_figures_show_every_hyperparameter() -> None:
     (histogram,) = figures.histograms(result.hyperparameters).axes
     assert histogram.get_title() == "large (30 elements)"
     assert figures.histograms({"decay": result.hyperparameters["decay"]}) is None
+
+
+def test_elements_are_shown_by_their_names() -> None:
+    values = {"weights": torch.tensor([1.0, 2.0]), "other": torch.tensor([3.0, 4.0])}
+    expected = {"weights/rotation": 1.0, "weights/parity": 2.0, "other/0": 3.0, "other/1": 4.0}
+    assert summarise(values, {"weights": ("rotation", "parity")}) == expected
+
+
+def test_records_of_a_run_have_the_names_of_the_declaration() -> None:
+    @hi.hyperparameter("shifts", init=torch.zeros(2), elements=["up", "down"])
+    def training_loss(model: torch.nn.Module, batch: int, *, shifts: torch.Tensor) -> torch.Tensor:
+        return (model.weight - shifts).square().sum()
+
+    problem = hi.BilevelProblem(
+        torch.nn.Linear(2, 1, bias=False),
+        training_loss,
+        lambda model, batch: model.weight.square().sum(),
+        training_data=[0],
+        validation_data=[0],
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    )
+    history = hi.optimize(problem, "cg", outer_steps=1, tracking=False).history
+    assert history[0].hyperparameters == {"shifts/up": 0.0, "shifts/down": 0.0}

@@ -298,3 +298,11 @@ def test_problem_of_a_notebook_has_no_source(client: MlflowClient) -> None:
     result = optimize(ridge(training_loss=loss))
     assert run_of(client, result).info.status == "FINISHED"
     assert not any(path.startswith("source") for path in artifacts(client, result.run_id))
+
+
+def test_learning_rate_of_an_optimizer_of_ones_own_is_the_one_logged(workplace: Path) -> None:
+    result = hi.optimize(
+        ridge(), "cg", outer_steps=1, outer_optimizer=lambda hparams: torch.optim.SGD(hparams, lr=0.25), progress=False
+    )
+    run = MlflowClient(tracking_uri=f"sqlite:///{workplace}/mlflow.db").get_run(result.run_id)
+    assert run.data.params["outer_lr"] == "0.25"
