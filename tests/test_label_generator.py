@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import hyperopt_implicit as hi
-from hyperopt_implicit.auxiliary.labels import LabelGenerator, focal_loss, label_entropy, masked_softmax
+from hyperopt_implicit.auxiliary.labels import LabelGenerator, entropy_penalty, focal_loss, masked_softmax
 from hyperopt_implicit.errors import AuxiliaryError
 from hyperopt_implicit.testing import oracles
 
@@ -70,7 +70,7 @@ def test_labels_are_a_distribution_over_the_subclasses_of_the_class(
     assert labels.sum().item() == pytest.approx(1.0, abs=8 * torch.finfo(dtype).eps)
     expected = torch.tensor([logits[k] for k in own], dtype=dtype).softmax(dim=0)
     torch.testing.assert_close(labels[0, list(own)], expected)
-    losses = focal_loss(torch.zeros_like(labels), labels).sum() + label_entropy(labels)
+    losses = focal_loss(torch.zeros_like(labels), labels).sum() + entropy_penalty(labels)
     (gradient,) = torch.autograd.grad(losses, made.head.bias, create_graph=True)
     (second,) = torch.autograd.grad(gradient.square().sum(), made.head.bias)
     assert torch.isfinite(gradient).all() and torch.isfinite(second).all()
@@ -202,23 +202,23 @@ def test_focal_loss_of_a_confident_prediction(gap: float, gamma: float, dtype: t
 # ----------------------------------------------------------------------------------------------------------- entropy
 
 
-def test_label_entropy_by_hand() -> None:
+def test_entropy_penalty_by_hand() -> None:
     """The mean is (½, ¼, ¼, 0), with entropy 1.5 log 2; each label's own entropy is less."""
     labels = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.5, 0.5, 0.0]], dtype=torch.float64)
-    assert label_entropy(labels).item() == pytest.approx(-1.5 * math.log(2), rel=1e-14)
+    assert entropy_penalty(labels).item() == pytest.approx(-1.5 * math.log(2), rel=1e-14)
 
 
 @pytest.mark.parametrize("classes", [1, 2, 7])
-def test_label_entropy_is_least_where_labels_vary_most(classes: int) -> None:
+def test_entropy_penalty_is_least_where_labels_vary_most(classes: int) -> None:
     varied, collapsed = torch.eye(classes, dtype=torch.float64), torch.zeros(classes, classes, dtype=torch.float64)
     collapsed[:, 0] = 1.0
-    assert label_entropy(varied).item() == pytest.approx(-math.log(classes), abs=1e-14)
-    assert label_entropy(collapsed).item() == 0.0
-    between = label_entropy(0.5 * (varied + collapsed)).item()
+    assert entropy_penalty(varied).item() == pytest.approx(-math.log(classes), abs=1e-14)
+    assert entropy_penalty(collapsed).item() == 0.0
+    between = entropy_penalty(0.5 * (varied + collapsed)).item()
     assert -math.log(classes) <= between <= 0.0
 
 
-def test_adding_label_entropy_spreads_the_labels() -> None:
+def test_adding_entropy_penalty_spreads_the_labels() -> None:
     """Descent on it alone takes labels from nearly one sub-class to all of them alike."""
     made = generator(3, features=1, classes=1)
     nn.init.zeros_(made.head.weight)
@@ -227,31 +227,31 @@ def test_adding_label_entropy_spreads_the_labels() -> None:
     optimizer = torch.optim.SGD(made.parameters(), lr=1.0)
     for _ in range(200):
         optimizer.zero_grad()
-        label_entropy(made(x, labels)).backward()
+        entropy_penalty(made(x, labels)).backward()
         optimizer.step()
     torch.testing.assert_close(made(x, labels)[0].detach(), torch.full((3,), 1 / 3), rtol=1e-3, atol=0)
 
 
-def test_label_entropy_has_two_derivatives() -> None:
+def test_entropy_penalty_has_two_derivatives() -> None:
     labels = torch.rand(3, 4, dtype=torch.float64).add(0.1).requires_grad_()
-    assert torch.autograd.gradcheck(label_entropy, labels)
-    assert torch.autograd.gradgradcheck(label_entropy, labels)
+    assert torch.autograd.gradcheck(entropy_penalty, labels)
+    assert torch.autograd.gradgradcheck(entropy_penalty, labels)
 
 
-def test_label_entropy_has_two_derivatives_where_a_class_is_missing() -> None:
+def test_entropy_penalty_has_two_derivatives_where_a_class_is_missing() -> None:
     """Through the generator, no sample of whose second class is in the batch: its sub-classes have mean 0."""
     mask = generator().mask[torch.tensor([0, 2, 2])]
     logits = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: label_entropy(masked_softmax(x, mask)), logits)
-    assert torch.autograd.gradgradcheck(lambda x: label_entropy(masked_softmax(x, mask)), logits)
+    assert torch.autograd.gradcheck(lambda x: entropy_penalty(masked_softmax(x, mask)), logits)
+    assert torch.autograd.gradgradcheck(lambda x: entropy_penalty(masked_softmax(x, mask)), logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("gap", [50.0, 86.0, 88.0, 95.0, 103.0, 104.0, 700.0, 708.0, 720.0, 745.0, 800.0, 1e10])
-def test_label_entropy_of_labels_that_underflow(gap: float, dtype: torch.dtype) -> None:
+def test_entropy_penalty_of_labels_that_underflow(gap: float, dtype: torch.dtype) -> None:
     """Normal numbers, the smallest ones, and zero: exp(−gap) is each in turn."""
     logits = torch.tensor([[gap, 0.0, 0.0]], dtype=dtype, requires_grad=True)
-    entropy = label_entropy(masked_softmax(logits, torch.ones(1, 3, dtype=torch.bool)))
+    entropy = entropy_penalty(masked_softmax(logits, torch.ones(1, 3, dtype=torch.bool)))
     (gradient,) = torch.autograd.grad(entropy, logits, create_graph=True)
     (second,) = torch.autograd.grad(gradient[0, 1], logits)
     for x in (entropy, gradient, second):
@@ -285,7 +285,7 @@ def learned_labels() -> tuple[hi.BilevelProblem, list[Any], Any]:
 
     def validation_loss(model: nn.Module, batch: tuple[Tensor, Tensor], *, generator: LabelGenerator) -> Tensor:
         x, labels = batch
-        return cross_entropy(model(x)[0], labels) + 0.2 * label_entropy(generator(x, labels))
+        return cross_entropy(model(x)[0], labels) + 0.2 * entropy_penalty(generator(x, labels))
 
     problem = hi.BilevelProblem(
         TwoHeads(), training_loss, validation_loss, optimizer=lambda params: torch.optim.SGD(params, lr=0.1)
@@ -394,12 +394,12 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "gamma must be at least 0; got -1.0. At 0 the loss is cross-entropy.",
     ),
     "entropy of one label": (
-        lambda: label_entropy(torch.ones(3)),
+        lambda: entropy_penalty(torch.ones(3)),
         "soft_labels must have shape [batch, classes] with at least one sample; got (3,). Pass a batch of the "
         "generator's labels as it returns them.",
     ),
     "entropy of nothing": (
-        lambda: label_entropy(torch.ones(0, 3)),
+        lambda: entropy_penalty(torch.ones(0, 3)),
         "soft_labels must have shape [batch, classes] with at least one sample; got (0, 3). Pass a batch of the "
         "generator's labels as it returns them.",
     ),

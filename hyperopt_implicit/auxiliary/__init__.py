@@ -12,7 +12,7 @@ from hyperopt_implicit.auxiliary.combiners import (
 )
 from hyperopt_implicit.auxiliary.context import Context
 from hyperopt_implicit.auxiliary.gradient_weighting import GradientCosine, GradNorm, PCGrad
-from hyperopt_implicit.auxiliary.labels import LabelGenerator, focal_loss, label_entropy
+from hyperopt_implicit.auxiliary.labels import LabelGenerator, entropy_penalty, focal_loss
 from hyperopt_implicit.auxiliary.loss_weighting import (
     DynamicWeightAverage,
     EqualWeights,
@@ -44,8 +44,8 @@ __all__ = [
     "TaskVerdict",
     "UncertaintyWeighting",
     "Weighting",
+    "entropy_penalty",
     "focal_loss",
     "get_weighting",
-    "label_entropy",
     "list_weightings",
 ]

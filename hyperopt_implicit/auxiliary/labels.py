@@ -216,7 +216,7 @@ def focal_loss(logits: Tensor, soft_labels: Tensor, *, gamma: float = 2.0) -> Te
     return -(soft_labels * factor * log_p).sum(dim=-1)
 
 
-def label_entropy(soft_labels: Tensor) -> Tensor:
+def entropy_penalty(soft_labels: Tensor) -> Tensor:
     """Σₖ mₖ log mₖ of the mean label m of a batch: its *negative* entropy, to be added to the generator's loss.
 
     Lower is more varied. It is 0 where the generator uses a single sub-class for all samples and −log n where it uses n
@@ -237,7 +237,7 @@ def label_entropy(soft_labels: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> label_entropy(torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))      # −log 2
+        >>> entropy_penalty(torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))      # −log 2
         tensor(-0.6931)
     """
     if soft_labels.dim() != 2 or len(soft_labels) == 0:
