@@ -42,6 +42,10 @@ class Report(ABC):
         """What to log for the outer step that was just seen, by name."""
         return {}
 
+    def summary(self) -> Mapping[str, float]:
+        """Numbers of the whole run by name, asked for once, at its end."""
+        return {}
+
     def figures(self) -> Mapping[str, Figure]:
         """Figures of the whole run by name, asked for once, at its end."""
         return {}

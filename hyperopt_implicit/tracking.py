@@ -198,7 +198,10 @@ class RunTracker(Tracker):
     def close(self, result: Result, error: BaseException | None = None) -> None:
         """Log the summary, figures and final states, and end the run."""
         if self._sender is not None:
-            self.log_metrics(summary_of(result), len(result.history))
+            summary = summary_of(result)
+            for report in self._reports:
+                summary.update(report.summary())
+            self.log_metrics(summary, len(result.history))
             self.set_tag("stop_reason", result.stop_reason)
             description = description_of(self._reports)
             if description is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "examples"
-SHARED = {"comparison"}  # imported by the problems beside it
+SHARED = {"comparison", "protocol"}  # imported by the problems beside it
 EXAMPLES = sorted(path for path in FOLDER.rglob("*.py") if path.stem not in SHARED)
 
 

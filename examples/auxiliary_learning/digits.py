@@ -31,7 +31,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 import typer
-from comparison import AuxiliaryProblem, Split, bilevel, run
+from comparison import run
+from protocol import AuxiliaryProblem, Split, bilevel
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 

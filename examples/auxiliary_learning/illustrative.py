@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import torch
 import typer
-from comparison import AuxiliaryProblem, Split, bilevel, run, untrained
+from comparison import run
+from protocol import AuxiliaryProblem, Split, bilevel, untrained
 from torch import Tensor, nn
 
 import hyperopt_implicit as hi

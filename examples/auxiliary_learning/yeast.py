@@ -25,7 +25,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 import typer
-from comparison import AuxiliaryProblem, Split, bilevel, main_known, run
+from comparison import run
+from protocol import AuxiliaryProblem, Split, bilevel, main_known
 from river.datasets import Yeast
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn

@@ -26,6 +26,7 @@ from hyperopt_implicit.auxiliary.monotone import (
     normalise_,
 )
 from hyperopt_implicit.errors import AuxiliaryError
+from hyperopt_implicit.problem import evaluating
 
 
 class LossCombiner(nn.Module, ABC):
@@ -80,6 +81,19 @@ class LossCombiner(nn.Module, ABC):
                 f"{len(context)} of inputs and labels."
             )
         return self.per_sample(losses, context).mean()
+
+    def effective_weights(
+        self, losses: Tensor, *, inputs: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        """∂(combined loss)/∂(mean loss of each task), ``[tasks]``: the weights themselves, where the loss is a sum.
+
+        It is how the combined loss reacts when a task's loss rises by the same amount in all samples (and pixels).
+        Computed in eval mode; arguments are those of :meth:`forward`, without their graph.
+        """
+        with torch.enable_grad(), evaluating(self):
+            leaf = losses.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(self(leaf, inputs=inputs, labels=labels), leaf)
+        return gradient.transpose(0, 1).flatten(1).sum(dim=1)
 
     def _check(self, losses: Tensor) -> None:
         wanted = "[batch, tasks]" if self.dimensions == 2 else "[batch, tasks, height, width]"

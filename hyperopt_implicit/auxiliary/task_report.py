@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hyperopt_implicit.auxiliary import task_figures
 from hyperopt_implicit.auxiliary.combiners import LossCombiner
@@ -276,20 +276,13 @@ def _by_task(losses: Tensor) -> Tensor:
 
 
 def _weights(weighted_by: Value, losses: Tensor, main_task: int, context: Mapping[str, Tensor]) -> Tensor:
-    if isinstance(weighted_by, nn.Module):
-        return combined_gradient(weighted_by, losses, context)
+    if isinstance(weighted_by, LossCombiner):
+        return weighted_by.effective_weights(losses, **context)
+    assert isinstance(weighted_by, Tensor)  # nothing else is found to weigh tasks
     weights = weighted_by.detach()
     if len(weights) == losses.shape[1]:
         return weights
     return torch.cat([weights[:main_task], torch.ones_like(weights[:1]), weights[main_task:]])
-
-
-def combined_gradient(combiner: nn.Module, losses: Tensor, context: Mapping[str, Tensor] | None = None) -> Tensor:
-    """∂(combined loss)/∂(mean loss of each task), when all its samples move alike; [tasks]."""
-    with torch.enable_grad(), evaluating(combiner):
-        leaf = losses.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(combiner(leaf, **(context or {})), leaf)
-    return _by_task(gradient).sum(dim=1)
 
 
 def _cosine(x: Params, y: Params) -> float:
