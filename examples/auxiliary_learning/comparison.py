@@ -195,7 +195,7 @@ def typical_weight(problem: AuxiliaryProblem, record: Record, task: str) -> floa
 
 
 def conclusions(problem: AuxiliaryProblem, records: Sequence[Record]) -> list[str]:
-    """For each learned method, retrained: which others it beats that were trained on the same samples, and which not."""
+    """For each learned method, retrained: which of the others, trained on the same samples, it beats and which not."""
     scores: dict[tuple[str, str], dict[int, float]] = {}
     for record in records:
         scores.setdefault((record.method, record.variant), {})[record.seed] = record.test
