@@ -61,7 +61,10 @@ def _auxiliary() -> Page:
             + "\n```"
         ),
         files=[folder / f"{name}.py" for name in order],
-        arguments={"illustrative": [["--figure", str(picture)]]},
+        arguments={
+            "illustrative": [["--jobs", "2", "--figure", str(picture)]],
+            **{name: [["--jobs", "2"]] for name in ("digits", "yeast", "tabular")},
+        },
         pictures={
             "illustrative": f"![Training with equal and with learned weights of the tasks](images/{picture.name})",
         },

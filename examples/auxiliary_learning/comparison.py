@@ -40,7 +40,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from protocol import AuxiliaryProblem, Record, Variant, run_learned, run_weighting
+from protocol import AuxiliaryProblem, Record, run_learned, run_weighting
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
@@ -116,7 +116,7 @@ class Summary:
     """
 
     method: str
-    variant: Variant
+    variant: str
     mean: float
     error: float
     seconds: float
@@ -130,15 +130,15 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 def summarise(problem: AuxiliaryProblem, records: Sequence[Record]) -> list[Summary]:
     """One summary for each method and variant, in the order of the records."""
-    scores: dict[tuple[str, Variant], dict[int, Record]] = {}
+    scores: dict[tuple[str, str], dict[int, Record]] = {}
     for record in records:
         scores.setdefault((record.method, record.variant), {})[record.seed] = record
     sign = 1 if problem.higher_is_better else -1
     summaries = []
     for key, by_seed in scores.items():
-        gains = {}
+        gains: dict[tuple[str, str], tuple[float, float]] = {}
         for reference in REFERENCES:
-            theirs: dict[int, Record] = dict(scores.get(reference, {}))  # type: ignore[call-overload]
+            theirs = scores.get(reference, {})
             if theirs and reference != key:
                 gains[reference] = mean_and_error([sign * (theirs[s].test - r.test) for s, r in by_seed.items()])
         mean, error = mean_and_error([record.test for record in by_seed.values()])
