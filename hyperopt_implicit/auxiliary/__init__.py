@@ -4,12 +4,7 @@ What is learned through the validation loss is in ``combiners.py`` and ``labels.
 ``weighting.py`` and the files of methods beside it.
 """
 
-from hyperopt_implicit.auxiliary.combiners import (
-    ConvolutionalCombiner,
-    LinearCombiner,
-    LossCombiner,
-    NonlinearCombiner,
-)
+from hyperopt_implicit.auxiliary.combiners import LinearCombiner, LossCombiner
 from hyperopt_implicit.auxiliary.context import Context
 from hyperopt_implicit.auxiliary.gradient_weighting import GradientCosine, GradNorm, PCGrad
 from hyperopt_implicit.auxiliary.labels import LabelGenerator, entropy_penalty, focal_loss
@@ -21,6 +16,7 @@ from hyperopt_implicit.auxiliary.loss_weighting import (
     UncertaintyWeighting,
 )
 from hyperopt_implicit.auxiliary.meta_optimizer import MetaOptimizer
+from hyperopt_implicit.auxiliary.network_combiners import ConvolutionalCombiner, NonlinearCombiner
 from hyperopt_implicit.auxiliary.task_report import TaskReading, TaskReport, TaskVerdict
 from hyperopt_implicit.auxiliary.weighting import Weighting, get_weighting, list_weightings
 
