@@ -14,13 +14,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from versions import versions_line
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
+_AT_ONCE = 2
 _LINK = re.compile(r"MLflow|http://")  # where the run was logged means nothing to a reader
 
 
@@ -61,10 +64,7 @@ def _auxiliary() -> Page:
             + "\n```"
         ),
         files=[folder / f"{name}.py" for name in order],
-        arguments={
-            "illustrative": [["--jobs", "2", "--figure", str(picture)]],
-            **{name: [["--jobs", "2"]] for name in ("digits", "yeast", "tabular")},
-        },
+        arguments={"illustrative": [["--figure", str(picture)]]},
         pictures={
             "illustrative": f"![Training with equal and with learned weights of the tasks](images/{picture.name})",
         },
@@ -127,7 +127,8 @@ def main() -> None:
     target = Path(sys.argv[1])
     page = PAGES[target.name]()
     head = "\n\n".join([f"# {page.title}", page.introduction, versions_line()])
-    sections = "".join(section(page, example) for example in page.files)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:  # each example is a process, of one thread
+        sections = "".join(pool.map(partial(section, page), page.files))
     target.write_text(f"{head}\n\n{sections.rstrip()}\n")
 
 

@@ -6,11 +6,13 @@ What is said about a run is in ``run_record.py``; the buffer that keeps a slow s
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import logging
 import math
 import os
 import socket
+import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -122,7 +124,8 @@ class Tracker:
         tags = {**(tags or {}), **config.tags}
         receiver, failure = None, None
         try:
-            receiver = _within(_START_SECONDS, lambda: _MlflowRun(config, tags))
+            with _alone(config.resolved_uri):
+                receiver = _within(_START_SECONDS, lambda: _MlflowRun(config, tags))
             self.run_id = receiver.run_id
             self.run_link = run_link(config.resolved_uri, receiver.experiment_id, receiver.run_id)
         except Exception as error:  # tracking must not cost the run anything, whatever a server or database answers
@@ -211,6 +214,19 @@ class RunTracker(Tracker):
 
 
 T = TypeVar("T")
+
+
+@contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """Let one process at a time into a database file: two that create its tables at once destroy each other's work."""
+    if not uri.startswith(_SQLITE):
+        yield
+        return
+    from filelock import FileLock
+
+    name = hashlib.sha256(uri.encode()).hexdigest()[:16]
+    with FileLock(Path(tempfile.gettempdir(), f"hyperopt_implicit-{name}.lock"), timeout=_START_SECONDS):
+        yield
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:

@@ -224,3 +224,23 @@ def test_real_server_that_dies_midway(workplace: Path, server: tuple[subprocess.
     )
     assert sorted([*(each.step for each in sent), *kept]) == list(range(41))
     assert all(math.isfinite(each.value) for each in sent)
+
+
+@pytest.mark.slow
+def test_processes_that_start_at_once_share_a_new_database(tmp_path: Path) -> None:
+    """The first to come creates it, which takes seconds; the others wait, and lose nothing."""
+    program = (
+        "import hyperopt_implicit as hi\n"
+        "from hyperopt_implicit.tracking import Tracker\n"
+        "tracker = Tracker(hi.Tracking('sqlite:///new.db', system_metrics=False), {'a': 1})\n"
+        "tracker.log_metrics({'m': 1.0}, 0)\n"
+        "tracker.end()\n"
+        "print(tracker.run_id)\n"
+    )
+    commands = [[sys.executable, "-W", "ignore", "-c", program]] * 3
+    started = [subprocess.Popen(each, cwd=tmp_path, stdout=subprocess.PIPE, text=True) for each in commands]
+    ids = [process.communicate(timeout=180)[0].strip() for process in started]
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/new.db")
+    assert len(set(ids)) == 3
+    for run_id in ids:
+        assert client.get_run(run_id).data.metrics == {"m": 1.0}
