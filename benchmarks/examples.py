@@ -64,7 +64,10 @@ def _auxiliary() -> Page:
             + "\n```"
         ),
         files=[folder / f"{name}.py" for name in order],
-        arguments={"illustrative": [["--figure", str(picture)]]},
+        arguments={
+            "illustrative": [["--figure", str(picture)]],
+            **{name: [["--seeds", "5"]] for name in ("yeast", "tabular")},
+        },
         pictures={
             "illustrative": f"![Training with equal and with learned weights of the tasks](images/{picture.name})",
         },

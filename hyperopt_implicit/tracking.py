@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import math
 import os
+import re
 import socket
 import tempfile
 import threading
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 DEFAULT_URI = "sqlite:///mlflow.db"
 _SQLITE = "sqlite:///"
 MODEL_TRAINING_VIEW = "?workflowType=machine_learning"  # without it the UI opens on its GenAI pages
+_REFUSED = re.compile(r"[^/\w.\- :]")
 _METRICS_A_CALL = 1000  # MLflow's limits
 _PARAMS_A_CALL = 100
 _PARAM_LENGTH = 6000
@@ -138,9 +140,9 @@ class Tracker:
             self._monitor = _system_monitor(self.run_id, config.resolved_uri)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Take metrics; returns at once."""
+        """Take metrics; returns at once. A character that MLflow takes in no name (such as %) becomes an underscore."""
         if self._sender is not None:
-            self._sender.put_metrics(metrics, step)
+            self._sender.put_metrics({_REFUSED.sub("_", name): value for name, value in metrics.items()}, step)
 
     def log_artifact(self, path: Path, place: str | None = None) -> None:
         """Store a file that exists until the run ends."""

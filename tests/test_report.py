@@ -76,3 +76,16 @@ def test_reports_are_callbacks_without_tracking() -> None:
     report = Everything("only")
     hi.optimize(ridge(), "cg", outer_steps=5, callbacks=[report], tracking=False)
     assert report.seen == 3
+
+
+def test_names_that_mlflow_does_not_take_cost_the_run_nothing(workplace: Path) -> None:
+    """It refuses whole batches for one percent sign; tasks and metrics are named by people."""
+
+    class Percent(Nothing):
+        def metrics(self) -> dict[str, float]:
+            return {"accuracy %": 50.0, "task/a=b/weight": 1.0}
+
+    result, client = run(Percent(), workplace=workplace)
+    found = client.get_run(result.run_id).data.metrics
+    assert (found["accuracy _"], found["task/a_b/weight"]) == (50.0, 1.0)
+    assert "loss/validation" in found

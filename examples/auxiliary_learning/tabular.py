@@ -10,7 +10,7 @@ known of 40 patients in the training data; the auxiliary targets are known of al
 A network with many inputs and few labels overfits; whoever predicts s5, a measure of the blood fats that goes along
 with the disease, learns which inputs matter.
 
-The metric is R², in per cent. The methods and the protocol are those of ``comparison.py``. Inputs, sizes, decay and
+The metric is R2, in per cent. The methods and the protocol are those of ``comparison.py``. Inputs, sizes, decay and
 steps were chosen on seeds 100 to 107. Without the products the main task needs no help: on six inputs, training on
 all labels without auxiliary tasks was better than any weights.
 
@@ -102,7 +102,7 @@ PROBLEM = AuxiliaryProblem(
     model=model,
     losses=losses,
     metric=r_squared,
-    metric_name="R² %",
+    metric_name="R2",
     shared=trunk,
     optimizer=partial(torch.optim.Adam, lr=5e-3),
     decay=0.1,

@@ -88,7 +88,7 @@ PROBLEM = AuxiliaryProblem(
     model=model,
     losses=losses,
     metric=area_under_curve,
-    metric_name="AUC %",
+    metric_name="AUC",
     shared=trunk,
     optimizer=partial(torch.optim.Adam, lr=5e-3),
     decay=4e-2,
