@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -50,6 +51,11 @@ def documentation_of(file: Path) -> str:
     return ast.get_docstring(ast.parse(file.read_text())) or ""
 
 
+def only(*methods: str) -> list[str]:
+    """The arguments that leave out all other methods."""
+    return [part for method in methods for part in ("--only", method)]
+
+
 def _auxiliary() -> Page:
     folder = EXAMPLES / "auxiliary_learning"
     order = ("illustrative", "digits", "yeast", "labels", "tabular")
@@ -66,7 +72,7 @@ def _auxiliary() -> Page:
         files=[folder / f"{name}.py" for name in order],
         arguments={
             "illustrative": [["--figure", str(picture)]],
-            **{name: [["--seeds", "5"]] for name in ("yeast", "tabular")},
+            "yeast": [[], ["--first-seed", "200", "--seeds", "30", *only("single", "equal", "learned weights")]],
         },
         pictures={
             "illustrative": f"![Training with equal and with learned weights of the tasks](images/{picture.name})",
@@ -121,7 +127,7 @@ def output(example: Path, arguments: list[str]) -> str:
     printed = "\n".join(line.rstrip() for line in run.stdout.splitlines() if not _LINK.search(line)).strip()
     seconds = time.perf_counter() - started
     shown = [Path(each).name if Path(each).is_absolute() else each for each in arguments]
-    command = " ".join(["python", str(example.relative_to(ROOT)), *shown])
+    command = shlex.join(["python", str(example.relative_to(ROOT)), *shown])
     print(f"{command}: {seconds:.0f} seconds", file=sys.stderr)
     return f"`{command}`, {seconds:.0f} seconds with everything:\n\n```text\n{printed}\n```\n\n"
 

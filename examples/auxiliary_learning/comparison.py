@@ -216,13 +216,20 @@ def conclusions(problem: AuxiliaryProblem, records: Sequence[Record]) -> list[st
 
 
 def run(
-    problem: AuxiliaryProblem, *, seeds: int, first_seed: int, quick: bool, tracking: bool, jobs: int = 1
+    problem: AuxiliaryProblem,
+    *,
+    seeds: int,
+    first_seed: int,
+    quick: bool,
+    tracking: bool,
+    jobs: int = 1,
+    methods: Sequence[str] = METHODS,
 ) -> list[Record]:
     """What a problem file does on the command line: compare, and print the tables."""
     torch.set_num_threads(1)  # the matrices are small; threads would wait for one another
     console = Console()
     chosen = range(first_seed, first_seed + seeds)
-    records = compare(problem, chosen, quick=quick, tracking=tracking, jobs=jobs, console=console)
+    records = compare(problem, chosen, quick=quick, tracking=tracking, methods=methods, jobs=jobs, console=console)
     console.print(table(problem, records))
     console.print(weights_table(problem, records))
     said = conclusions(problem, records)

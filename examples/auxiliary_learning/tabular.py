@@ -11,10 +11,11 @@ A network with many inputs and few labels overfits; whoever predicts s5, a measu
 with the disease, learns which inputs matter.
 
 The metric is R2, in per cent. The methods and the protocol are those of ``comparison.py``. Inputs, sizes, decay and
-steps were chosen on seeds 100 to 107. Without the products the main task needs no help: on six inputs, training on
-all labels without auxiliary tasks was better than any weights.
+steps were chosen on seeds 100 to 109, on which learned weights beat the main task alone and tie with equal weights.
+It is the third setting that was tried. Without the products, and on the measurements of tumours in scikit-learn's other
+medical table, the main task needs no help: training on all labels without auxiliary tasks was better than any weights.
 
-    python examples/auxiliary_learning/tabular.py [--seeds 10] [--quick] [--no-tracking] [--jobs 2]
+    python examples/auxiliary_learning/tabular.py [--seeds 5] [--quick] [--no-tracking] [--jobs 2]
     hyperopt-implicit run examples/auxiliary_learning/tabular.py --backend cg --warmup-steps 100
 """
 
@@ -117,7 +118,7 @@ def problem(*, seed: int = 0, method: str = "learned weights") -> hi.BilevelProb
     return bilevel(PROBLEM, seed, method)
 
 
-def main(seeds: int = 10, first_seed: int = 0, quick: bool = False, tracking: bool = True, jobs: int = 1) -> None:
+def main(seeds: int = 5, first_seed: int = 0, quick: bool = False, tracking: bool = True, jobs: int = 1) -> None:
     """Compare all methods over the seeds 0, 1, …"""
     run(PROBLEM, seeds=seeds, first_seed=first_seed, quick=quick, tracking=tracking, jobs=jobs)
 
