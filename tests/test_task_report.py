@@ -248,6 +248,10 @@ BAD = {
         lambda: TaskReport(losses, TASKS[:3]).read(make(LinearCombiner(4)), 0),
         "must have shape [batch, tasks] with 3 tasks (main, same, opposed); got (2, 4)",
     ),
+    "a model": (
+        lambda: TaskReport(losses, TASKS).read(Points(), 0),  # type: ignore[arg-type]
+        "TaskReport reads a BilevelProblem, with its data and hyperparameters; got Points. Build one around the model.",
+    ),
     "misspelt": (
         lambda: TaskReport(losses, TASKS, hyperparameter="combinor").read(make(LinearCombiner(4)), 0),
         "TaskReport reads hyperparameter 'combinor', and the problem has combiner. Did you mean 'combiner'?",

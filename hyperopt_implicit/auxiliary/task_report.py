@@ -82,9 +82,10 @@ class TaskReport(Report):
     surface, and the verdicts in its description. Watching changes nothing in the run: the model is read in eval mode on
     one batch. A reading costs a backward pass a task.
 
-    A task **helps** where its weight rose, or its gradient points with that of the validation loss; it is **ignored**
-    where its weight fell below a third of its start with no conflict between the gradients; it is **harmful** where
-    they conflict and the weight fell, or has yet to.
+    A verdict goes by the weight, relative to the main task's, at the first and last reading, and by the mean cosine. A
+    task is **harmful** where its weight fell below a third of its start and the cosine is negative, or the cosine is
+    below −0.05; **ignored** where the weight fell as far without that, or has not risen and the cosine is below 0.05;
+    else it **helps**. That is what the run did with a task; whether it was of use, only a comparison tells.
 
     Args:
         losses: ``losses(model, batch)``, the losses of all tasks on a training batch, main task included, as the
@@ -161,6 +162,11 @@ class TaskReport(Report):
 
     def read(self, problem: BilevelProblem, step: int) -> TaskReading:
         """Read the tasks of a problem as it stands, in a loop of one's own."""
+        if not isinstance(problem, BilevelProblem):
+            raise AuxiliaryError(
+                "TaskReport reads a BilevelProblem, with its data and hyperparameters; got "
+                f"{type(problem).__name__}. Build one around the model."
+            )
         batch, validation_batch = (self._batch(problem, role) for role in self._batches)
         _, reference, _ = validation_gradients(problem, validation_batch)
         reference = {name: g for name, g in reference.items() if bool(g.any())}
