@@ -51,7 +51,7 @@ import hyperopt_implicit as hi
 WEIGHTINGS = ("single", "equal", "uncertainty", "dwa", "gradnorm", "cosine", "cosine-unweighted", "pcgrad")
 LEARNED = ("learned weights", "learned network")
 METHODS = (*WEIGHTINGS, *LEARNED)
-REFERENCES = (("learned weights", "online"), ("learned weights", "retrained"))
+REFERENCES = tuple((method, "retrained") for method in LEARNED)
 
 
 def compare(
@@ -153,7 +153,7 @@ def with_error(value: tuple[float, float], digits: int, sign: str = "") -> str:
     return f"{mean:{sign}.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
 
 
-def table(problem: AuxiliaryProblem, records: Sequence[Record]) -> Table:
+def table(problem: AuxiliaryProblem, summaries: Sequence[Summary]) -> Table:
     """All methods: test metric, by how much the learned weights, retrained, are better, and seconds."""
     direction = "higher" if problem.higher_is_better else "lower"
     shown = Table(title=f"{problem.name}, test {problem.metric_name}, {direction} is better", title_justify="left")
@@ -163,10 +163,9 @@ def table(problem: AuxiliaryProblem, records: Sequence[Record]) -> Table:
     for column in ("mean ± error", "learned weights,\nretrained,\nare better by", "seconds"):
         shown.add_column(column, justify="right")
     names = {"train": "train", "train + auxiliary": "+ auxiliary set"}
-    summaries = summarise(problem, records)
     for each, following in zip(summaries, [*summaries[1:], None], strict=True):
         score = with_error((each.mean, each.error), problem.digits)
-        gain = each.gains.get(("learned weights", "retrained"))
+        gain = each.gains.get(REFERENCES[0])
         better = "" if gain is None else with_error(gain, problem.digits, "+")
         last = following is None or following.method != each.method
         variant = names.get(each.variant, each.variant)
@@ -194,24 +193,19 @@ def typical_weight(problem: AuxiliaryProblem, record: Record, task: str) -> floa
     return max(record.weights[task], 1e-6) / max(record.weights[problem.tasks[0]], 1e-6)
 
 
-def conclusions(problem: AuxiliaryProblem, records: Sequence[Record]) -> list[str]:
+def conclusions(problem: AuxiliaryProblem, summaries: Sequence[Summary]) -> list[str]:
     """For each learned method, retrained: which of the others, trained on the same samples, it beats and which not."""
-    scores: dict[tuple[str, str], dict[int, float]] = {}
-    for record in records:
-        scores.setdefault((record.method, record.variant), {})[record.seed] = record.test
-    sign = 1 if problem.higher_is_better else -1
     lines = []
-    for method in LEARNED:
-        ours = scores.get((method, "retrained"), {})
+    for reference in REFERENCES:
         found: dict[str, list[str]] = {"better than": [], "not told apart from": [], "worse than": []}
-        for (other, variant), theirs in scores.items():
-            if variant == "train + auxiliary" and len(ours) > 1:
-                gain, error = mean_and_error([sign * (ours[seed] - theirs[seed]) for seed in ours])
+        for other in summaries:
+            gain, error = other.gains.get(reference, (math.nan, math.nan))
+            if other.variant == "train + auxiliary" and not math.isnan(error):
                 verdict = "better than" if gain > error else "worse than" if gain < -error else "not told apart from"
-                found[verdict].append(f"{other} ({gain:+.{problem.digits}f} ± {error:.{problem.digits}f})")
+                found[verdict].append(f"{other.method} ({with_error((gain, error), problem.digits, '+')})")
         said = "; ".join(f"{verdict} {', '.join(others)}" for verdict, others in found.items() if others)
         if said:
-            lines.append(f"{method}, retrained: {said}.".capitalize())
+            lines.append(f"{', '.join(reference)}: {said}.".capitalize())
     return lines
 
 
@@ -230,9 +224,10 @@ def run(
     console = Console()
     chosen = range(first_seed, first_seed + seeds)
     records = compare(problem, chosen, quick=quick, tracking=tracking, methods=methods, jobs=jobs, console=console)
-    console.print(table(problem, records))
+    summaries = summarise(problem, records)
+    console.print(table(problem, summaries))
     console.print(weights_table(problem, records))
-    said = conclusions(problem, records)
+    said = conclusions(problem, summaries)
     if said:
         console.print("Same samples for all, and one standard error of the paired difference as the mark:")
         console.print(*said, sep="\n")

@@ -277,14 +277,17 @@ def _named(tensors: Iterable[Tensor], what: str) -> Params:
     for each in given:
         if not isinstance(each, Tensor):
             raise AuxiliaryError(f"{what} must hold tensors; got {type(each).__name__}.")
-    unique = {id(p): (str(i), p) for i, p in reversed(list(enumerate(given))) if p.requires_grad}
+    unique: dict[int, tuple[str, Tensor]] = {}
+    for i, p in enumerate(given):
+        if p.requires_grad:
+            unique.setdefault(id(p), (str(i), p))
     if not unique:
         found = f"{len(given)} tensors, none of which requires grad" if given else "nothing"
         raise AuxiliaryError(
             f"{what} must hold at least one tensor that requires grad; got {found}. A generator is empty once it was "
             "read: call .parameters() anew for each step."
         )
-    return dict(reversed(unique.values()))
+    return dict(unique.values())
 
 
 def _check_disjoint(params: Params, hparams: Params) -> None:
