@@ -60,7 +60,7 @@ _REMEDIES = {
     Status.NEGATIVE_CURVATURE: (
         "The training loss curves downwards somewhere, so the model is not at a minimum of it; the result stops "
         "short of that direction. Train longer before each outer step, add weight decay to the training loss, or use "
-        "damping (an option of 'cg' and 'exact')."
+        "the option damping."
     ),
     Status.DIVERGED: (
         "The iteration grew instead of shrinking, and the last sound iterate was returned. Use a smaller step size, or "
@@ -68,7 +68,7 @@ _REMEDIES = {
     ),
     Status.SINGULAR: (
         "The Hessian has no inverse; the solution of least norm leaves a residual. Add weight decay to the training "
-        "loss, or use damping (an option of 'cg' and 'exact')."
+        "loss, or use the option damping."
     ),
     Status.NON_FINITE: (
         "A loss, a product or a gradient was NaN or infinite. Lower the inner learning rate, clip, or look for a "
@@ -85,7 +85,8 @@ class Hypergradient:
         gradients: dF/dλ by name, with respect to the unconstrained values, shaped like them.
         status: how the computation ended.
         iterations: terms, iterations or steps, in the backend's own unit.
-        residual: ‖Hu − v‖/‖v‖ of the solution behind it; None where no system was solved.
+        residual: ‖Au − v‖/‖v‖ of the solution behind it, A being H with the damping asked for; None where no system
+            was solved, or the residual was not measured.
         hvps: Hessian-vector products spent (a step differentiated by an unrolled backend counts as one).
         validation_loss: F where it was differentiated.
         training_loss: L there, averaged over the batches.
@@ -104,6 +105,29 @@ class Hypergradient:
     endpoint: InnerState | None = None
 
 
+@dataclass(frozen=True)
+class Card:
+    """What a reader of a table of methods wants to know about a backend, in a few words each.
+
+    Attributes:
+        family: how it gets at the hypergradient.
+        gives: what the number is an approximation of, and how it errs.
+        cost: work for one hypergradient, beside one gradient of each loss; n weights, m hyperparameters.
+        memory: what is held beside the model, in vectors as long as the weights unless told otherwise.
+        conditions: when the number means what it should.
+        use: the situation in which it is the one to take.
+        paper: author and year of the source.
+    """
+
+    family: Literal["implicit", "unrolled", "one-loop", "first-order"]
+    gives: str
+    cost: str
+    memory: str
+    conditions: str
+    use: str
+    paper: str
+
+
 class Backend(ABC):
     """A method that computes hypergradients; derive a frozen dataclass from it.
 
@@ -115,10 +139,17 @@ class Backend(ABC):
             ``"trajectory"`` where it is differentiated through the training steps. Only the latter can see
             hyperparameters of the inner optimizer.
         needs_second_derivative: whether the training loss must be twice differentiable by autograd.
+        needs_validation_gradient: whether the validation loss must be differentiable.
+        batches: whether the training batches are ``"averaged"`` into one loss (or stepped through), or ``"sampled"``:
+            each product takes the next of them, and the result is right for the average in expectation only.
+        card: what the tables of methods say about it.
     """
 
     differentiates: ClassVar[Literal["solution", "trajectory"]] = "solution"
     needs_second_derivative: ClassVar[bool] = True
+    needs_validation_gradient: ClassVar[bool] = True
+    batches: ClassVar[Literal["averaged", "sampled"]] = "averaged"
+    card: ClassVar[Card | None] = None
 
     def __post_init__(self) -> None:
         for name, value in validated_options(
@@ -160,18 +191,33 @@ class Backend(ABC):
                 "make it a knob."
             )
 
+    def check_steps(self, steps: int) -> None:  # noqa: B027  (most methods take any number)
+        """Refuse, before any training, a number of training batches that the method cannot work with.
+
+        Raises:
+            BackendError: with the option that does not fit.
+        """
+
 
 def options_of(backend: type[Backend]) -> list[dataclasses.Field[Any]]:
-    """The options of a backend class: the fields of its dataclass."""
-    return list(dataclasses.fields(backend)) if dataclasses.is_dataclass(backend) else []
+    """The options of a backend class: the fields of its dataclass, those that whole families share after its own."""
+    fields = dataclasses.fields(backend) if dataclasses.is_dataclass(backend) else ()
+    return sorted(fields, key=lambda option: option.kw_only)
+
+
+def option_types(backend: type[Backend]) -> dict[str, Any]:
+    """The declared type of each option, with its annotations."""
+    from pydantic import Field  # not at the top: importing the package does not bring pydantic in
+
+    hints = get_type_hints(backend, localns={"Field": Field}, include_extras=True)
+    return {option.name: hints[option.name] for option in options_of(backend)}
 
 
 @functools.cache
 def _adapters(backend: type[Backend]) -> dict[str, Any]:
     from pydantic import TypeAdapter
 
-    hints = get_type_hints(backend, include_extras=True)
-    return {option.name: TypeAdapter(hints[option.name]) for option in options_of(backend)}
+    return {name: TypeAdapter(kind) for name, kind in option_types(backend).items()}
 
 
 def validated_options(backend: type[Backend], options: Mapping[str, Any]) -> dict[str, Any]:

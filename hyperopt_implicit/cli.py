@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hyperopt_implicit.backend import get_backend, get_backend_class, list_backends, options_of
+from hyperopt_implicit.backend import get_backend, get_backend_class, list_backends, option_types, options_of
 from hyperopt_implicit.errors import CommandError, HyperoptError, HyperoptWarning
 from hyperopt_implicit.history import Result, summarise
 from hyperopt_implicit.loading import build, find_problem, load_file
@@ -338,9 +338,7 @@ def _on_device(builder: Any, device: str) -> Any:
 
 
 def _description(backend: Any, option: str) -> str:
-    from typing import get_type_hints
-
-    metadata = getattr(get_type_hints(backend, include_extras=True)[option], "__metadata__", ())
+    metadata = getattr(option_types(backend)[option], "__metadata__", ())
     return next((each.description for each in metadata if getattr(each, "description", None)), "")
 
 

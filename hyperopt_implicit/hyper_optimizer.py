@@ -59,6 +59,7 @@ def hypergradient(
     _check_tunes_something(problem)
     chosen = get_backend(backend)
     training, validation = _batches(problem, training_batches, validation_batch)
+    chosen.check_steps(len(training))
     preflight(problem, chosen, training[0], validation)
     return chosen.hypergradient(problem, training, validation, state or {})
 
@@ -162,6 +163,7 @@ class HyperOptimizer:
     def compute(self, training_batches: Sequence[Any], validation_batch: Any) -> Hypergradient:
         """The hypergradient alone, with the state carried from the last one; checks the problem at its first call."""
         training, validation = _batches(self.problem, training_batches, validation_batch)
+        self.backend.check_steps(len(training))
         if not self._checked:
             self.check(training[0], validation)
         result = honest(self.backend.hypergradient(self.problem, training, validation, self.state))

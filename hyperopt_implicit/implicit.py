@@ -7,49 +7,84 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 
 from hyperopt_implicit.backend import Backend, Hypergradient, State, Status
-from hyperopt_implicit.operators import Hessian, LinearOperator, LossHessian, validation_gradients
-from hyperopt_implicit.vectors import Params, add, is_finite, norm
+from hyperopt_implicit.gauss_newton import GaussNewton
+from hyperopt_implicit.operators import Damped, Hessian, LinearOperator, LossHessian, validation_gradients
+from hyperopt_implicit.vectors import Params, add, clone, is_finite, norm, same_shapes, zeros_like
 
 if TYPE_CHECKING:
+    from pydantic import Field
+
     from hyperopt_implicit.problem import BilevelProblem
 
 
 @dataclass(frozen=True)
 class Solution:
-    """What a solver found for H u = v.
+    """What a solver found for A u = v.
 
     Attributes:
         value: u.
         status: how the solver ended.
         iterations: its terms or iterations.
-        residual: ‖Hu − v‖/‖v‖.
+        residual: ‖Au − v‖/‖v‖; None where it was not measured.
         state: what the solver wants to be given next time.
     """
 
     value: Params
     status: Status
     iterations: int
-    residual: float
+    residual: float | None
     state: State = field(default_factory=dict)
 
 
-class ImplicitBackend(Backend):
-    """dF/dλ = ∂F/∂λ − (∂²L/∂λ∂w) u with H u = v, at the model's present weights (Lorraine et al., AISTATS 2020, eq. 3).
+Solve = Callable[[LinearOperator, Params, State], Solution]
 
-    The theorem holds where ∂L/∂w = 0 and H is invertible; away from a stationary point it gives the gradient of what
+
+def first_iterate(operator: LinearOperator, vector: Params, last: Params | None) -> tuple[Params, Params, float]:
+    """Where an iterative solver begins: u, v − Au, and ‖Au‖/‖u‖, a bound from below on the largest eigenvalue.
+
+    u is the last outer step's solution where that is nearer than zero, at the price of one product; else it is zero.
+    """
+    if last is not None and same_shapes(last, vector) and norm(last) > 0.0:
+        product = operator @ last
+        residual = add(vector, product, -1.0)
+        if norm(residual) < norm(vector):
+            return clone(last), residual, norm(product) / norm(last)
+    return zeros_like(vector), clone(vector), 0.0
+
+
+@dataclass(frozen=True)
+class ImplicitBackend(Backend):
+    """dF/dλ = ∂F/∂λ − (∂²L/∂λ∂w) u with A u = v, at the model's present weights (Lorraine et al., AISTATS 2020, eq. 3).
+
+    A is the Hessian H of the training loss, or its Gauss-Newton matrix, with ``damping`` on the diagonal. The theorem
+    holds with A = H where ∂L/∂w = 0 and H is invertible; away from a stationary point it gives the gradient of what
     further training would arrive at, to first order.
     """
 
+    damping: Annotated[float, Field(ge=0, description="δ, added to the diagonal of the curvature")] = field(
+        default=0.0, kw_only=True
+    )
+    curvature: Annotated[
+        Literal["hessian", "gauss_newton"],
+        Field(
+            description="the matrix that is solved with; 'gauss_newton' has no negative eigenvalues for convex losses"
+        ),
+    ] = field(default="hessian", kw_only=True)
+
     @abstractmethod
-    def solve(self, hessian: LinearOperator, vector: Params, state: State, /) -> Solution:
-        """Solve H u = v, multiplying by H only; neither ``vector`` nor a product may be changed in place."""
+    def solve(self, operator: LinearOperator, vector: Params, state: State, /) -> Solution:
+        """Solve A u = v, multiplying by A only; neither ``vector`` nor a product may be changed in place."""
+
+    def solver(self, problem: BilevelProblem) -> Solve:
+        """The solver for a problem: ``solve``, unless a method wants to know more than A and v."""
+        return self.solve
 
     def hypergradient(
         self,
@@ -60,31 +95,47 @@ class ImplicitBackend(Backend):
         /,
     ) -> Hypergradient:
         validation_loss, vector, direct = validation_gradients(problem, validation_batch)
-        hessian = Hessian(problem, training_batches)
-        return self.differentiate(hessian, vector, direct, validation_loss, state)
+        return self.differentiate(
+            self.linearise(problem, training_batches), vector, direct, validation_loss, state, self.solver(problem)
+        )
+
+    def linearise(self, problem: BilevelProblem, training_batches: Sequence[Any]) -> LossHessian:
+        """The curvature that was asked for, without its damping, of the training loss averaged over batches."""
+        kind = GaussNewton if self.curvature == "gauss_newton" else Hessian
+        return kind(problem, training_batches)
+
+    def damped(self, operator: LinearOperator) -> LinearOperator:
+        """A, from H or from the Gauss-Newton matrix."""
+        return Damped(operator, self.damping) if self.damping else operator
 
     def differentiate(
-        self, hessian: LossHessian, vector: Params, direct: Params, validation_loss: float, state: State
+        self,
+        hessian: LossHessian,
+        vector: Params,
+        direct: Params,
+        validation_loss: float,
+        state: State,
+        solve: Solve | None = None,
     ) -> Hypergradient:
         """The theorem itself, from v = ∂F/∂w, the direct term ∂F/∂λ, and H with its mixed derivative."""
         size = norm(vector)
         if not math.isfinite(size):  # a product or a mixed term that is not finite is found below
-            status, iterations, residual, gradients = Status.NON_FINITE, 0, float("nan"), direct
+            solution = Solution(vector, Status.NON_FINITE, 0, float("nan"), state)
+            gradients = direct
         elif size == 0.0:  # F does not depend on w here: nothing to solve
-            status, iterations, residual, gradients = Status.CONVERGED, 0, 0.0, direct
+            solution = Solution(vector, Status.CONVERGED, 0, 0.0, state)
+            gradients = direct
         else:
             with torch.no_grad():
-                solution = self.solve(hessian, vector, state)
-            status, iterations, residual = solution.status, solution.iterations, solution.residual
-            state = solution.state
+                solution = (solve or self.solve)(self.damped(hessian), vector, state)
             gradients = add(direct, hessian.mixed(solution.value), -1.0)
         return Hypergradient(
             gradients=gradients,
-            status=status if is_finite(gradients) else Status.NON_FINITE,
-            iterations=iterations,
-            residual=residual,
+            status=solution.status if is_finite(gradients) else Status.NON_FINITE,
+            iterations=solution.iterations,
+            residual=solution.residual,
             hvps=hessian.products,
             validation_loss=validation_loss,
             training_loss=hessian.loss,
-            state=state,
+            state=solution.state,
         )

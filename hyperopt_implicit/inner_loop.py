@@ -7,8 +7,7 @@ carries an adjoint back through them one step at a time, so that no graph is lon
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from hyperopt_implicit.operators import twice_differentiable
 from hyperopt_implicit.optimizers import Slots, apply_update, existing_slots, optimizer_state, update_rule
 from hyperopt_implicit.problem import BilevelProblem, InnerState
+from hyperopt_implicit.randomness import random_states, replaying
 from hyperopt_implicit.vectors import Params, is_finite
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Trajectory:
                 t, current.params, current.slots, self._hparams, buffers, batch, graph=False
             )
             self.losses.append(float(loss))
-            current = _Iterate(params, slots, buffers, _random_states(problem.device))
+            current = _Iterate(params, slots, buffers, random_states(problem.device))
             if not math.isfinite(self.losses[-1]):
                 break
         self.endpoint = InnerState(current.params, current.buffers, optimizer_state(current.slots))
@@ -110,7 +110,7 @@ class Trajectory:
         }
         hparams = {name: p.detach().requires_grad_() for name, p in self._hparams.items()}
         buffers = {name: b.clone() for name, b in before.buffers.items()}
-        with _replaying(before.random, self._problem.device), torch.enable_grad():
+        with replaying(before.random, self._problem.device), torch.enable_grad():
             _, new_params, new_slots = self._step(t, params, slots, hparams, buffers, self._batches[t], graph=True)
         inputs = _flat(params, slots)
         outputs = {key: x for key, x in _flat(new_params, new_slots).items() if key in adjoints and x.requires_grad}
@@ -133,7 +133,7 @@ class Trajectory:
             for group, names in self._groups
             for name in names
         }
-        return _Iterate(state.params, slots, state.buffers, _random_states(problem.device))
+        return _Iterate(state.params, slots, state.buffers, random_states(problem.device))
 
     def _step(
         self,
@@ -189,18 +189,3 @@ def _flat(params: Params, slots: dict[str, Slots]) -> dict[str, Tensor]:
     for name, each in slots.items():
         flat.update((f"{key}:{name}", s) for key, s in each.items() if key != "step")
     return flat
-
-
-def _random_states(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
-
-
-@contextmanager
-def _replaying(states: list[Tensor], device: torch.device) -> Iterator[None]:
-    """The random numbers of a step that was walked before; afterwards the generators go on where they were."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.set_rng_state(states[0])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(states[1], device)
-        yield

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from hyperopt_implicit.vectors import Params
+from hyperopt_implicit.vectors import Params, add
 
 if TYPE_CHECKING:
     from hyperopt_implicit.problem import BilevelProblem
@@ -38,6 +38,17 @@ class LinearOperator(ABC):
     @abstractmethod
     def __matmul__(self, vector: Params) -> Params:
         """The product, not to be changed in place: two of its tensors may be the same memory."""
+
+
+class Damped(LinearOperator):
+    """A + δI."""
+
+    def __init__(self, operator: LinearOperator, damping: float) -> None:
+        self._operator, self._damping = operator, damping
+
+    def __matmul__(self, vector: Params) -> Params:
+        self.products += 1
+        return add(self._operator @ vector, vector, self._damping)
 
 
 def twice_differentiable(problem: BilevelProblem) -> AbstractContextManager[object]:
@@ -139,9 +150,14 @@ class Hessian(LossHessian):
         params = {name: p.detach().requires_grad_() for name, p in problem.params.items()}
         hparams = {name: p.detach().requires_grad_() for name, p in problem.hparams.items()}
         with torch.enable_grad(), twice_differentiable(problem):  # the caller may be inside torch.no_grad()
-            losses = [problem.functional_training_loss(params, hparams, batch) for batch in training_batches]
-            loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+            loss = mean_training_loss(problem, params, hparams, training_batches)
             super().__init__(loss, params, hparams, problem.weight_decays)
+
+
+def mean_training_loss(problem: BilevelProblem, params: Params, hparams: Params, batches: Sequence[Any]) -> Tensor:
+    """L(w, λ) averaged over batches, each with equal weight; with its graph."""
+    losses = [problem.functional_training_loss(params, hparams, batch) for batch in batches]
+    return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
 
 def validation_gradients(

@@ -128,6 +128,8 @@ def optimize(
     check_options(options)
     lr = {"lr": outer_lr} if isinstance(outer_optimizer, type) else {}
     outer = HyperOptimizer(problem, outer_optimizer, backend=backend, clip=clip, on_failure=on_failure, **lr)
+    through_training = outer.backend.differentiates == "trajectory"
+    outer.backend.check_steps(inner_steps if through_training else hessian_batches)
     described = {**options, "outer_optimizer": type(outer.optimizer).__name__}
     described["outer_lr"] = outer.optimizer.param_groups[0].get("lr")  # a callable has its own
     with _seeded(seed, problem.device):

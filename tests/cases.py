@@ -16,6 +16,8 @@ class Case:
     accuracy: float
     differentiates: str
     options: dict[str, Any] = field(default_factory=dict)
+    cosine: float | None = None
+    calls: int = 1
 
     @property
     def backend(self) -> hi.Backend:
@@ -29,3 +31,6 @@ CASES = [
     Case("neumann", 1e-8, "solution", {"tolerance": 1e-10, "terms": 5000}),
     Case("unrolled", 1e-8, "trajectory"),
 ]
+
+INSTALLED = ", ".join(sorted(case.name for case in CASES))
+"""As a message lists them."""

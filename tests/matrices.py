@@ -45,7 +45,7 @@ def solve(backend: ImplicitBackend, matrix: Tensor, vector: Params, state: dict 
     """The solution, and the number of products that it took."""
     operator = DenseOperator(matrix)
     with torch.no_grad():
-        solution = backend.solve(operator, vector, state or {})
+        solution = backend.solve(backend.damped(operator), vector, state or {})
     return solution, operator.products
 
 

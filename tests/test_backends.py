@@ -30,6 +30,8 @@ class TestBackends(BackendConformance):
     def _case(self, request: pytest.FixtureRequest) -> None:
         self.backend = request.param.backend
         self.accuracy = request.param.accuracy
+        self.cosine = request.param.cosine
+        self.calls = request.param.calls
 
     def test_dropout_masks_are_those_drawn_first(self) -> None:
         """Beyond the contract: our backends draw as plain training would, once a batch, so the truth is known."""

@@ -16,6 +16,7 @@ from torch.utils.data import IterableDataset
 import hyperopt_implicit as hi
 from hyperopt_implicit.backends import Neumann
 
+from .cases import INSTALLED
 from .refusals import Loss, build, good, plain
 
 Refusal = tuple[Callable[[nn.Module], Any], type[Exception], str]
@@ -98,12 +99,13 @@ BACKENDS: dict[str, Refusal] = {
     "unknown": (
         lambda model: run(model, backend="neuman"),
         hi.BackendError,
-        "there is no backend 'neuman'; installed are cg, exact, neumann, unrolled. Did you mean 'neumann'?",
+        f"there is no backend 'neuman'; installed are {INSTALLED}. Did you mean 'neumann'?",
     ),
     "unknown option": (
         lambda model: run(model, backend={"name": "neumann", "trems": 3}),
         hi.BackendError,
-        "Neumann has no option 'trems'; it has terms, step_size, tolerance, measure_residual. Did you mean 'terms'?",
+        "Neumann has no option 'trems'; it has terms, step_size, tolerance, measure_residual, damping, curvature. "
+        "Did you mean 'terms'?",
     ),
     "option out of range": (
         lambda model: hi.get_backend("neumann", terms=0),
@@ -309,17 +311,17 @@ SEARCHES: dict[str, Refusal] = {
     "unknown backend": (
         lambda model: hi.search(builder, "unroled"),
         hi.BackendError,
-        "there is no backend 'unroled'; installed are cg, exact, neumann, unrolled. Did you mean 'unrolled'?",
+        f"there is no backend 'unroled'; installed are {INSTALLED}. Did you mean 'unrolled'?",
     ),
     "unknown option of the backend": (
         lambda model: hi.search(builder, {"name": "cg", "steps": 3}),
         hi.BackendError,
-        "ConjugateGradient has no option 'steps'; it has tolerance, max_iterations, damping, warm_start.",
+        "ConjugateGradient has no option 'steps'; it has tolerance, max_iterations, warm_start, damping, curvature.",
     ),
     "unknown backend among the choices": (
         lambda model: hi.search(builder, CategoricalDistribution(["cg", "newman"])),
         hi.BackendError,
-        "there is no backend 'newman'; installed are cg, exact, neumann, unrolled. Did you mean 'neumann'?",
+        f"there is no backend 'newman'; installed are {INSTALLED}. Did you mean 'neumann'?",
     ),
     "unknown option of the choices": (
         lambda model: hi.search(builder, {"name": "cg", "dampign": FloatDistribution(0.0, 1.0)}),

@@ -6,6 +6,7 @@ import pytest
 
 import hyperopt_implicit as hi
 
+from .cases import INSTALLED
 from .commands import FILE, FINISHED, Command
 
 ERRORS: dict[str, tuple[str, tuple[str, ...], str]] = {
@@ -77,7 +78,7 @@ ERRORS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "unknown backend": (
         FILE,
         ("run", "bad.py", "-b", "unrol"),
-        "there is no backend 'unrol'; installed are cg, exact, neumann, unrolled. Did you mean 'unrolled'?",
+        f"there is no backend 'unrol'; installed are {INSTALLED}. Did you mean 'unrolled'?",
     ),
     "option of the wrong type": (
         FILE,

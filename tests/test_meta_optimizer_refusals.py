@@ -13,6 +13,7 @@ from torch.nn.utils.parametrizations import weight_norm
 import hyperopt_implicit as hi
 from hyperopt_implicit.auxiliary import MetaOptimizer
 
+from .cases import INSTALLED
 from .two_tasks import TRAINING, Setting
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -121,7 +122,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "unknown backend": (
         made(backend="neuman"),
         hi.BackendError,
-        "there is no backend 'neuman'; installed are cg, exact, neumann, unrolled. Did you mean 'neumann'?",
+        f"there is no backend 'neuman'; installed are {INSTALLED}. Did you mean 'neumann'?",
     ),
     "scaling of another backend": (
         made(backend="cg", auxilearn_scaling=True),

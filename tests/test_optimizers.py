@@ -304,12 +304,20 @@ def test_last_differentiates_the_last_steps(optimizer, last):
     assert_same_state(result.endpoint, expected.endpoint)
 
 
-@pytest.mark.parametrize("last", [6, 100])
-def test_last_of_no_fewer_steps_than_there_are(last):
+def test_last_of_as_many_steps_as_there_are():
     problem = make_problem(torch.optim.Adam)
-    result, whole = hypergradient(problem, Unrolled(last=last)), hypergradient(problem)
+    result, whole = hypergradient(problem, Unrolled(last=len(BATCHES))), hypergradient(problem)
     assert same(result.gradients, whole.gradients)
     assert (result.status, result.iterations) == (hi.Status.CONVERGED, len(BATCHES))
+
+
+def test_last_of_more_steps_than_there_are_is_refused():
+    with pytest.raises(hi.BackendError) as caught:
+        hypergradient(make_problem(torch.optim.Adam), Unrolled(last=7))
+    assert str(caught.value) == (
+        "last must be at most the number of inner steps; last=7 was asked for, of 6. Lower it, train for more inner "
+        "steps between outer steps, or leave it out to differentiate all of them."
+    )
 
 
 def test_a_run_that_blows_up_is_not_finite():

@@ -150,11 +150,11 @@ def test_core_finds_backends_through_their_entry_points_only() -> None:
 
 
 LAYERS = [
-    {"errors", "vectors"},
+    {"errors", "vectors", "randomness"},
     {"messages"},
     {"data", "hyperparameters", "knobs"},
     {"backend"},
-    {"problem", "operators", "implicit", "optimizers", "inner_loop", "preflight"},
+    {"problem", "operators", "gauss_newton", "spectrum", "implicit", "optimizers", "inner_loop", "preflight"},
     {"guarded_step"},
     {"hyper_optimizer", "history"},
     {"report"},

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from .cases import CASES
 from .commands import FINISHED
 
 SCRIPT = """
@@ -53,11 +54,11 @@ def run(installed: Path, *command: str | Path) -> str:
 
 def test_backend_of_a_stranger_is_used_by_name_and_with_options(installed: Path) -> None:
     found = json.loads(run(installed, sys.executable, "-c", SCRIPT))
+    names = ", ".join(sorted([*(case.name for case in CASES), "richardson"]))
     assert found == {
-        "Richardson(sweeps=50, step_size=0.3)": [50, 50],
-        "Richardson(sweeps=3, step_size=0.3)": [3, 3],
-        "error": "there is no backend 'richardsen'; installed are cg, exact, neumann, richardson, unrolled. Did you "
-        "mean 'richardson'?",
+        "Richardson(damping=0.0, curvature='hessian', sweeps=50, step_size=0.3)": [50, 50],
+        "Richardson(damping=0.0, curvature='hessian', sweeps=3, step_size=0.3)": [3, 3],
+        "error": f"there is no backend 'richardsen'; installed are {names}. Did you mean 'richardson'?",
     }
 
 

@@ -94,9 +94,9 @@ def test_non_finite_products_are_reported(backend, bad):
 )
 @pytest.mark.parametrize("matrix", [POSITIVE, INDEFINITE, SINGULAR], ids=["positive", "indefinite", "singular"])
 def test_reported_residual_is_that_of_the_value(backend, matrix):
-    """Whatever the status."""
+    """Whatever the status; with damping, that of the damped system."""
     solution, _ = solve(backend, matrix, VECTOR)
-    assert_residual_is_true(matrix, solution, VECTOR)
+    assert_residual_is_true(matrix + backend.damping * torch.eye(12), solution, VECTOR)
 
 
 @pytest.mark.parametrize("backend", ["neumann", "cg", "exact"])
@@ -302,12 +302,10 @@ def test_cg_notices_negative_curvature():
 
 @pytest.mark.parametrize("matrix", [POSITIVE, INDEFINITE], ids=["positive", "indefinite"])
 def test_cg_damping_solves_the_damped_system(matrix):
-    """And the residual it reports is of the system without damping, so that the bias shows."""
     solution, _ = solve(ConjugateGradient(tolerance=1e-12, max_iterations=100, damping=1.0), matrix, VECTOR)
     assert solution.status is Status.CONVERGED
     assert_solves(matrix + torch.eye(12), solution, VECTOR)
-    assert_residual_is_true(matrix, solution, VECTOR)
-    assert solution.residual > 0.05
+    assert_residual_is_true(matrix + torch.eye(12), solution, VECTOR)
 
 
 def test_cg_warm_start_knows_damping():
@@ -315,7 +313,7 @@ def test_cg_warm_start_knows_damping():
     first, _ = solve(backend, POSITIVE, VECTOR)
     again, products = solve(backend, POSITIVE, VECTOR, first.state)
     assert products == 1
-    assert_residual_is_true(POSITIVE, again, VECTOR)
+    assert_residual_is_true(POSITIVE + torch.eye(12), again, VECTOR)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -380,8 +378,9 @@ def test_exact_on_a_hessian_of_zeros():
 
 def test_exact_damping_solves_the_damped_system():
     solution, _ = solve(Exact(damping=0.3), POSITIVE, VECTOR)
-    assert_solves(POSITIVE + 0.3 * torch.eye(12, dtype=torch.float64), solution, VECTOR, 1e-12)
-    assert_residual_is_true(POSITIVE, solution, VECTOR)
+    damped = POSITIVE + 0.3 * torch.eye(12, dtype=torch.float64)
+    assert_solves(damped, solution, VECTOR, 1e-12)
+    assert_residual_is_true(damped, solution, VECTOR)
 
 
 def test_exact_refuses_a_large_model():

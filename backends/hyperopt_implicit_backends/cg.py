@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from hyperopt_implicit.backend import State, Status
-from hyperopt_implicit.implicit import ImplicitBackend, Solution
+from hyperopt_implicit.backend import Card, State, Status
+from hyperopt_implicit.implicit import ImplicitBackend, Solution, first_iterate
 from hyperopt_implicit.operators import LinearOperator
-from hyperopt_implicit.vectors import Params, add, add_, clone, dot, norm, precision, same_shapes, scale_, zeros_like
+from hyperopt_implicit.vectors import Params, add_, clone, dot, norm, precision, scale_
 
 _NULL = 8  # curvature, in units of rounding, that cannot be told from none
 
@@ -20,14 +20,13 @@ _NULL = 8  # curvature, in units of rounding, that cannot be told from none
 class ConjugateGradient(ImplicitBackend):
     """Conjugate gradients: the most accuracy for a given number of products where the Hessian is positive definite.
 
-    Solves (H + δI) u = v; the error falls at least as fast as 2·((√κ − 1)/(√κ + 1))^k with κ the condition number, and
-    reaches zero after as many products as H has distinct eigenvalues. With ``warm_start`` it begins at the last
+    The error falls at least as fast as 2·((√κ − 1)/(√κ + 1))^k with κ the condition number, and
+    reaches zero after as many products as A has distinct eigenvalues. With ``warm_start`` it begins at the last
     outer step's solution, which halves the products or better once training has settled.
 
-    A direction p with ⟨p, (H + δI)p⟩ < 0 ends it: the iterate reached so far is returned with status
-    ``negative curvature``, or ``singular`` where the curvature is zero to rounding. ``damping`` above the size of the
-    most negative eigenvalue avoids that, at the price of a bias that the reported residual ‖Hu − v‖/‖v‖ (without δ)
-    includes.
+    A direction p with ⟨p, Ap⟩ < 0 ends it: the iterate reached so far is returned with status ``negative curvature``,
+    or ``singular`` where the curvature is zero to rounding. ``damping`` above the size of the most negative eigenvalue
+    avoids that, at the price of a bias.
 
     Cost: one product an iteration, one more for a warm start; memory for four vectors, one of them carried.
 
@@ -38,24 +37,34 @@ class ConjugateGradient(ImplicitBackend):
     Example:
         >>> import hyperopt_implicit as hi
         >>> hi.get_backend("cg", max_iterations=5)
-        ConjugateGradient(tolerance=0.001, max_iterations=5, damping=0.0, warm_start=True)
+        ConjugateGradient(damping=0.0, curvature='hessian', tolerance=0.001, max_iterations=5, warm_start=True)
     """
 
-    tolerance: Annotated[float, Field(ge=0, description="stop at this relative residual of the damped system")] = 1e-3
+    tolerance: Annotated[float, Field(ge=0, description="stop at this relative residual")] = 1e-3
     max_iterations: Annotated[int, Field(ge=1, description="iterations at most, one product each")] = 20
-    damping: Annotated[float, Field(ge=0, description="δ, added to the diagonal of the Hessian")] = 0.0
     warm_start: Annotated[bool, Field(description="begin at the last outer step's solution")] = True
 
-    def solve(self, hessian: LinearOperator, vector: Params, state: State, /) -> Solution:
+    card: ClassVar[Card] = Card(
+        family="implicit",
+        gives="the theorem's value; the error falls like ((√κ − 1)/(√κ + 1))^k",
+        cost="k products (k = iterations), 1 more for a warm start",
+        memory="4",
+        conditions="A positive definite",
+        use="training gets near a minimum; convex losses, decay",
+        paper="Pedregosa 2016",
+    )
+
+    def solve(self, operator: LinearOperator, vector: Params, state: State, /) -> Solution:
         size = norm(vector)
         rounding = precision(vector)
         target = max(self.tolerance, rounding) * size
-        solution, residual, steepest = self._start(hessian, vector, state, size)
+        last = state.get("solution") if self.warm_start else None
+        solution, residual, steepest = first_iterate(operator, vector, last)
         direction = clone(residual)
         squared = dot(residual, residual)
         status, iterations = Status.TRUNCATED, 0
         while iterations < self.max_iterations and math.sqrt(squared) > target:
-            product = self._damped(hessian, direction)
+            product = operator @ direction
             curvature = dot(direction, product)
             if not math.isfinite(curvature):
                 status = Status.NON_FINITE
@@ -74,24 +83,5 @@ class ConjugateGradient(ImplicitBackend):
             iterations += 1
         if status is Status.TRUNCATED and math.sqrt(squared) <= target:
             status = Status.CONVERGED
-        if self.damping:  # v − Hu = (v − (H + δI)u) + δu
-            add_(residual, solution, self.damping)
         carried = {"solution": solution} if self.warm_start and status is not Status.NON_FINITE else {}
         return Solution(solution, status, iterations, norm(residual) / size, carried)
-
-    def _start(
-        self, hessian: LinearOperator, vector: Params, state: State, size: float
-    ) -> tuple[Params, Params, float]:
-        """The first iterate, its residual and a curvature seen: the last solution where it is nearer than zero."""
-        last = state.get("solution") if self.warm_start else None
-        if last is not None and same_shapes(last, vector) and norm(last) > 0.0:
-            product = self._damped(hessian, last)
-            steepest = norm(product) / norm(last)
-            residual = add(vector, product, -1.0)
-            if norm(residual) < size:
-                return clone(last), residual, steepest
-        return zeros_like(vector), clone(vector), 0.0
-
-    def _damped(self, hessian: LinearOperator, direction: Params) -> Params:
-        product = hessian @ direction
-        return add(product, direction, self.damping) if self.damping else product

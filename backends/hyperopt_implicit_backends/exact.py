@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from hyperopt_implicit.backend import State, Status
+from hyperopt_implicit.backend import Card, State, Status
 from hyperopt_implicit.errors import BackendError
 from hyperopt_implicit.implicit import ImplicitBackend, Solution
 from hyperopt_implicit.operators import LinearOperator
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class Exact(ImplicitBackend):
     """Dense solve: exact up to rounding, for models of up to a few thousand parameters.
 
-    Forms H column by column, one product each, and solves (H + δI) u = v through its eigendecomposition, so that an
-    indefinite Hessian is solved as well as a definite one. Where H is singular the solution of least norm is returned,
+    Forms A column by column, one product each, and solves A u = v through its eigendecomposition, so that an
+    indefinite Hessian is solved as well as a definite one. Where A is singular the solution of least norm is returned,
     with status ``singular`` if a residual is left.
 
     Cost: as many products as parameters, time cubic and memory quadratic in them; larger models than ``max_parameters``
@@ -33,11 +33,20 @@ class Exact(ImplicitBackend):
     Example:
         >>> import hyperopt_implicit as hi
         >>> hi.get_backend("exact")
-        Exact(damping=0.0, max_parameters=2000)
+        Exact(damping=0.0, curvature='hessian', max_parameters=2000)
     """
 
-    damping: Annotated[float, Field(ge=0, description="δ, added to the diagonal of the Hessian")] = 0.0
     max_parameters: Annotated[int, Field(ge=1, description="refuse models with more parameters than this")] = 2000
+
+    card: ClassVar[Card] = Card(
+        family="implicit",
+        gives="the theorem's value to rounding",
+        cost="n products, n³ operations",
+        memory="n² numbers",
+        conditions="A invertible",
+        use="a few thousand weights, or another backend is to be checked",
+        paper="the theorem itself",
+    )
 
     def check(self, problem: BilevelProblem) -> None:
         super().check(problem)
@@ -51,17 +60,16 @@ class Exact(ImplicitBackend):
                 f"parameters; this one has {size}. Use 'cg', or raise max_parameters if {size}² numbers fit in memory."
             )
 
-    def solve(self, hessian: LinearOperator, vector: Params, state: State, /) -> Solution:
+    def solve(self, operator: LinearOperator, vector: Params, state: State, /) -> Solution:
         self._check_size(vector)
         v = _flatten(vector)
         columns = []
         for basis in torch.eye(v.numel(), dtype=v.dtype, device=v.device):
-            columns.append(_flatten(hessian @ _unflatten(basis, vector)))
-        H = torch.stack(columns, dim=1)
-        if not bool(torch.isfinite(H).all()):
+            columns.append(_flatten(operator @ _unflatten(basis, vector)))
+        A = torch.stack(columns, dim=1)
+        if not bool(torch.isfinite(A).all()):
             return Solution(_unflatten(torch.zeros_like(v), vector), Status.NON_FINITE, 1, float("nan"))
-        damped = (H + H.T) / 2 + self.damping * torch.eye(v.numel(), dtype=v.dtype, device=v.device)
-        eigenvalues, eigenvectors = torch.linalg.eigh(damped)
+        eigenvalues, eigenvectors = torch.linalg.eigh((A + A.T) / 2)
         cutoff = eigenvalues.abs().max() * v.numel() * torch.finfo(v.dtype).eps
         kept = eigenvalues.abs() > cutoff
         coordinates = eigenvectors.T @ v
@@ -69,7 +77,7 @@ class Exact(ImplicitBackend):
         value = _unflatten(u, vector)
         outside = float(coordinates[~kept].norm() / v.norm())
         status = Status.SINGULAR if outside > torch.finfo(v.dtype).eps ** 0.5 else Status.CONVERGED
-        return Solution(value, status, 1, float((H @ u - v).norm()) / norm(vector))
+        return Solution(value, status, 1, float((A @ u - v).norm()) / norm(vector))
 
 
 def _flatten(x: Params) -> Tensor:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from hyperopt_implicit.backend import Backend, Hypergradient, State, Status
+from hyperopt_implicit.backend import Backend, Card, Hypergradient, State, Status
+from hyperopt_implicit.errors import BackendError
 from hyperopt_implicit.inner_loop import Trajectory
 from hyperopt_implicit.operators import validation_gradients
 from hyperopt_implicit.optimizers import check_tunable
@@ -52,9 +53,26 @@ class Unrolled(Backend):
 
     differentiates: ClassVar[Literal["solution", "trajectory"]] = "trajectory"
 
+    card: ClassVar[Card] = Card(
+        family="unrolled",
+        gives="the derivative of the steps taken, to rounding; of the last k with last=k",
+        cost="1 product and 1 gradient a step",
+        memory="1 and the optimizer's state, a step",
+        conditions="none; a step's second derivative",
+        use="options of the optimizer, short training, training that does not converge",
+        paper="Maclaurin et al. 2015, Franceschi et al. 2017",
+    )
+
     def check(self, problem: BilevelProblem) -> None:
         super().check(problem)
         check_tunable(problem.optimizer, problem.hyperparameters.names("optimizer"))
+
+    def check_steps(self, steps: int) -> None:
+        if self.last is not None and self.last > steps:
+            raise BackendError(
+                f"last must be at most the number of inner steps; last={self.last} was asked for, of {steps}. Lower "
+                "it, train for more inner steps between outer steps, or leave it out to differentiate all of them."
+            )
 
     def hypergradient(
         self,

@@ -30,16 +30,41 @@ def relative_error(actual: Params, expected: Params) -> float:
 
 def assert_close(actual: Params, expected: Params, relative: float, what: str = "the hypergradient") -> None:
     """Both have the same names and shapes, and differ by no more than ``relative`` in norm."""
-    shapes = {name: tuple(x.shape) for name, x in actual.items()}
-    wanted = {name: tuple(x.shape) for name, x in expected.items()}
-    if shapes != wanted:
-        raise AssertionError(f"{what} must have the names and shapes {wanted}; it has {shapes}")
+    _assert_same_shapes(actual, expected, what)
     error = relative_error(actual, expected)
     if not error <= relative:
         raise AssertionError(
             f"{what} is off by {error:.3g}, with {relative:.3g} allowed:\n  it is      {actual}\n"
             f"  instead of {expected}"
         )
+
+
+def cosine(x: Params, y: Params) -> float:
+    """⟨x, y⟩/(‖x‖·‖y‖) over all names; 1 where both are zero, and 0 where one is."""
+    flat, other = flatten(x), flatten(y)
+    sizes = float(flat.norm()) * float(other.norm())
+    return float(flat @ other) / sizes if sizes > 0.0 else float(bool(flat.norm() == other.norm()))
+
+
+def assert_points_along(actual: Params, expected: Params, least: float, what: str = "the hypergradient") -> None:
+    """Both have the same names and shapes, and a cosine of at least ``least``; rounding apart, zero stays zero."""
+    if float(flatten(expected).norm()) < 1e-12:
+        assert_close(actual, expected, 1e-8, what)
+        return
+    _assert_same_shapes(actual, expected, what)
+    found = cosine(actual, expected)
+    if not found >= least:
+        raise AssertionError(
+            f"{what} must have a cosine of at least {least} with the truth; it has {found:.3g}:\n  it is {actual}\n"
+            f"  and the truth {expected}"
+        )
+
+
+def _assert_same_shapes(actual: Params, expected: Params, what: str) -> None:
+    shapes = {name: tuple(x.shape) for name, x in actual.items()}
+    wanted = {name: tuple(x.shape) for name, x in expected.items()}
+    if shapes != wanted:
+        raise AssertionError(f"{what} must have the names and shapes {wanted}; it has {shapes}")
 
 
 def assert_finite(x: Params, what: str = "the hypergradient") -> None:
