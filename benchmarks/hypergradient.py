@@ -23,6 +23,7 @@ from timing import interleaved, keep_freed_memory
 from versions import versions_line
 
 import hyperopt_implicit as hi
+from hyperopt_implicit.diagnostics.measuring import peak_bytes
 from hyperopt_implicit.tracking import Tracker
 
 TERMS = 10
@@ -40,19 +41,6 @@ class Row:
     allowed: float
     difference: float | None = None
     memory_ratio: float | None = None
-
-
-def peak_bytes(call: Callable[[], object]) -> int:
-    """The largest amount of memory that torch's CPU allocator held during a call, beyond what it held before."""
-    call()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 def compare_backend(case: Case, what: str, spec: dict[str, object], solve: by_hand.Solver, seconds: float) -> Row:

@@ -30,12 +30,12 @@ all.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 import typer
+from over_seeds import with_error
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -182,12 +182,6 @@ def learn_weights(seed: int, quick: bool, tracking: bool) -> hi.Result:
     )
 
 
-def with_error(values: Tensor, sign: str = "") -> str:
-    """Mean ± standard error."""
-    error = f" ± {values.std() / math.sqrt(len(values)):.1f}" if len(values) > 1 else ""
-    return f"{values.mean():{sign}.1f}{error}"
-
-
 def main(seeds: int = 5, first_seed: int = 0, quick: bool = False, tracking: bool = True) -> None:
     """Compare the three methods over the seeds 0, 1, …"""
     torch.set_num_threads(1)  # the matrices are small; threads would wait for one another
@@ -207,7 +201,7 @@ def main(seeds: int = 5, first_seed: int = 0, quick: bool = False, tracking: boo
     learned = torch.tensor(accuracy["learned weights"])
     for method, values in accuracy.items():
         others = torch.tensor(values)
-        gain = "" if method == "learned weights" else with_error(learned - others, "+")
+        gain = "" if method == "learned weights" else with_error(learned - others, sign="+")
         table.add_row(method, with_error(others), gain)
     console.print(table)
     found = torch.stack([result.hyperparameters["task_weights"] for result in results])

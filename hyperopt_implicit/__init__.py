@@ -10,6 +10,7 @@ from hyperopt_implicit.backend import (
     get_backend,
     list_backends,
 )
+from hyperopt_implicit.diagnostics import CheckReport, Comparison, check, compare
 from hyperopt_implicit.errors import (
     AuxiliaryError,
     BackendError,
@@ -29,6 +30,7 @@ from hyperopt_implicit.hyper_optimizer import HyperOptimizer, hypergradient
 from hyperopt_implicit.hyperparameters import Hyperparameters, hyperparameter
 from hyperopt_implicit.implicit import ImplicitBackend, Solution
 from hyperopt_implicit.knobs import knob, knobs_of
+from hyperopt_implicit.minimizer import minimizer
 from hyperopt_implicit.operators import Hessian, LinearOperator
 from hyperopt_implicit.optimize import optimize
 from hyperopt_implicit.problem import BilevelProblem
@@ -42,7 +44,9 @@ __all__ = [
     "Backend",
     "BackendError",
     "BilevelProblem",
+    "CheckReport",
     "CommandError",
+    "Comparison",
     "DataError",
     "DeclarationError",
     "Hessian",
@@ -70,12 +74,15 @@ __all__ = [
     "Status",
     "Tracking",
     "auxiliary",
+    "check",
+    "compare",
     "get_backend",
     "hypergradient",
     "hyperparameter",
     "knob",
     "knobs_of",
     "list_backends",
+    "minimizer",
     "optimize",
     "search",
 ]

@@ -3,6 +3,46 @@
 The core never imports this file: it finds backends through their entry points.
 """
 
-from hyperopt_implicit_backends import ConjugateGradient, Exact, Neumann, Unrolled
+from hyperopt_implicit_backends import (
+    F2SA,
+    Amigo,
+    Bome,
+    ConjugateGradient,
+    Evolution,
+    Exact,
+    FiniteDifference,
+    FixedPoint,
+    Forward,
+    ForwardGradient,
+    Identity,
+    MinimalResidual,
+    Neumann,
+    Nystrom,
+    Saba,
+    Sama,
+    Soba,
+    StocBio,
+    Unrolled,
+)
 
-__all__ = ["ConjugateGradient", "Exact", "Neumann", "Unrolled"]
+__all__ = [
+    "F2SA",
+    "Amigo",
+    "Bome",
+    "ConjugateGradient",
+    "Evolution",
+    "Exact",
+    "FiniteDifference",
+    "FixedPoint",
+    "Forward",
+    "ForwardGradient",
+    "Identity",
+    "MinimalResidual",
+    "Neumann",
+    "Nystrom",
+    "Saba",
+    "Sama",
+    "Soba",
+    "StocBio",
+    "Unrolled",
+]

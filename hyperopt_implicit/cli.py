@@ -1,10 +1,10 @@
-"""The command line: ``run``, ``search``, ``backends`` and ``ui``. Only parsing and printing; the work is elsewhere."""
+"""The command line: ``run``, ``search``, ``check``, ``compare``, ``backends`` and ``ui``.
+
+Only parsing and printing; the work is elsewhere.
+"""
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import inspect
 import subprocess
 import sys
 import warnings
@@ -17,7 +17,34 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hyperopt_implicit.backend import get_backend, get_backend_class, list_backends, option_types, options_of
+from hyperopt_implicit.backend import get_backend, get_backend_class, list_backends
+from hyperopt_implicit.backend_page import option_rows, page, summary
+from hyperopt_implicit.cli_options import (
+    BackendName,
+    Clip,
+    Debug,
+    Device,
+    Experiment,
+    File,
+    HessianBatches,
+    InnerSteps,
+    Knobs,
+    NoTracking,
+    Options,
+    OuterLr,
+    OuterSteps,
+    Patience,
+    Problem,
+    RunName,
+    Seed,
+    Threads,
+    Uri,
+    Warmup,
+    check_device,
+    pairs,
+    set_threads,
+)
+from hyperopt_implicit.diagnostics import check, compare
 from hyperopt_implicit.errors import CommandError, HyperoptError, HyperoptWarning
 from hyperopt_implicit.history import Result, summarise
 from hyperopt_implicit.loading import build, find_problem, load_file
@@ -38,43 +65,6 @@ app = typer.Typer(
 out = Console()
 err = Console(stderr=True)
 
-File = Annotated[
-    Path,
-    typer.Argument(metavar="FILE.py", help="Python file that defines a problem, or a function that builds one."),
-]
-Problem = Annotated[
-    str | None, typer.Option("--problem", metavar="NAME", help="Which one, where the file defines several.")
-]
-BackendName = Annotated[str, typer.Option("--backend", "-b", help="Hypergradient backend by name; see `backends`.")]
-Options = Annotated[
-    list[str] | None,
-    typer.Option("--option", "-o", metavar="NAME=VALUE", help="Option of the backend; may be repeated."),
-]
-OuterSteps = Annotated[int, typer.Option(help="How often the hyperparameters move.")]
-InnerSteps = Annotated[int, typer.Option(help="Training steps before each move.")]
-Warmup = Annotated[int, typer.Option("--warmup-steps", help="Training steps before the first move.")]
-OuterLr = Annotated[float, typer.Option(help="Learning rate of the outer optimizer (Adam).")]
-Clip = Annotated[float | None, typer.Option(help="Largest norm of the hypergradient.")]
-HessianBatches = Annotated[int, typer.Option(help="Training batches over which the Hessian is averaged.")]
-Patience = Annotated[int | None, typer.Option(help="Stop after so many outer steps without a lower validation loss.")]
-Seed = Annotated[int | None, typer.Option(help="Seed for building the problem and for the run.")]
-Threads = Annotated[
-    int | None,
-    typer.Option(help="Threads for torch; 1 is often fastest for small models."),
-]
-Device = Annotated[str | None, typer.Option(help="Where to train: cpu, cuda, cuda:1, mps.")]
-Uri = Annotated[
-    str | None,
-    typer.Option("--tracking-uri", help="MLflow tracking URI [default: $MLFLOW_TRACKING_URI or sqlite:///mlflow.db]."),
-]
-Experiment = Annotated[
-    str | None,
-    typer.Option(help="MLflow experiment [default: $MLFLOW_EXPERIMENT_NAME or hyperopt_implicit]."),
-]
-RunName = Annotated[str | None, typer.Option(help="Name of the MLflow run.")]
-NoTracking = Annotated[bool, typer.Option("--no-tracking", help="Log nothing.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
 
 @app.command()
 def run(
@@ -82,10 +72,7 @@ def run(
     problem: Problem = None,
     backend: BackendName = "neumann",
     option: Options = None,
-    knob: Annotated[
-        list[str] | None,
-        typer.Option("--knob", "-k", metavar="NAME=VALUE", help="Value of a knob; may be repeated."),
-    ] = None,
+    knob: Knobs = None,
     outer_steps: OuterSteps = 100,
     inner_steps: InnerSteps = 10,
     warmup_steps: Warmup = 0,
@@ -106,14 +93,8 @@ def run(
 
     Example: `hyperopt-implicit run train.py --backend cg --option max_iterations=10 --outer-steps 200`
     """
-    found = get_backend(backend, **_pairs(option, "--option"))
-    _check_device(device)
-    _set_threads(threads)
-    if seed is not None:
-        torch.manual_seed(seed)
-    built = build(find_problem(load_file(file), problem), _pairs(knob, "--knob"))
-    if device is not None:
-        built.to(device)
+    found = get_backend(backend, **pairs(option, "--option"))
+    built = _built(file, problem, knob, seed, device, threads)
     start = summarise(built.hyperparameters.values(), built.hyperparameters.element_names)
     result = optimize(
         built,
@@ -161,9 +142,9 @@ def search_command(
 
     Example: `hyperopt-implicit search train.py --backend cg --trials 30 --study decay`
     """
-    spec = get_backend(backend, **_pairs(option, "--option"))
-    _check_device(device)
-    _set_threads(threads)
+    spec = get_backend(backend, **pairs(option, "--option"))
+    check_device(device)
+    set_threads(threads)
     builder = find_problem(load_file(file), problem)
     if isinstance(builder, BilevelProblem):
         raise CommandError(
@@ -207,6 +188,78 @@ def search_command(
     _print_link(found.run_link, tracking_uri)
 
 
+@app.command(name="check")
+def check_command(
+    file: File,
+    problem: Problem = None,
+    backend: BackendName = "neumann",
+    option: Options = None,
+    knob: Knobs = None,
+    inner_steps: InnerSteps = 10,
+    warmup_steps: Warmup = 0,
+    tolerance: Annotated[float, typer.Option(help="Relative error up to which a hypergradient is right.")] = 0.1,
+    seed: Seed = None,
+    device: Device = None,
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Is the hypergradient right? Compares it with finite differences of the whole inner problem; exit code 1 if not.
+
+    Example: `hyperopt-implicit check train.py --backend cg --warmup-steps 500`
+    """
+    chosen = get_backend(backend, **pairs(option, "--option"))
+    built = _built(file, problem, knob, seed, device, threads)
+    report = check(
+        built, chosen, inner_steps=inner_steps, warmup_steps=warmup_steps, tolerance=tolerance, seed=seed or 0
+    )
+    for each in report.renderables():
+        out.print(each, highlight=False)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command(name="compare")
+def compare_command(
+    file: File,
+    problem: Problem = None,
+    backend: Annotated[
+        list[str] | None, typer.Option("--backend", "-b", help="Only these; may be repeated [default: all].")
+    ] = None,
+    knob: Knobs = None,
+    inner_steps: InnerSteps = 10,
+    warmup_steps: Warmup = 0,
+    hessian_batches: HessianBatches = 1,
+    figure: Annotated[Path | None, typer.Option(help="Write the figure of error against time here.")] = None,
+    seed: Seed = None,
+    device: Device = None,
+    threads: Threads = None,
+    tracking_uri: Uri = None,
+    experiment: Experiment = None,
+    run_name: RunName = None,
+    no_tracking: NoTracking = False,
+    debug: Debug = False,
+) -> None:
+    """Measure every backend that can handle a problem on it: error, cosine, time, products, memory.
+
+    Example: `hyperopt-implicit compare train.py --warmup-steps 500 --figure backends.png`
+    """
+    built = _built(file, problem, knob, seed, device, threads)
+    found = compare(
+        built,
+        backend,
+        inner_steps=inner_steps,
+        warmup_steps=warmup_steps,
+        hessian_batches=hessian_batches,
+        seed=seed or 0,
+        tracking=not no_tracking and Tracking(tracking_uri, experiment, run_name),
+    )
+    out.print(found.table(), highlight=False)
+    out.print(escape(found.legend()), soft_wrap=True, highlight=False)
+    if figure is not None:
+        found.figure().savefig(figure, dpi=120)
+    _print_link(found.run_link, tracking_uri)
+
+
 @app.command()
 def backends(
     name: Annotated[str | None, typer.Argument(help="Show this one in full.")] = None,
@@ -214,19 +267,15 @@ def backends(
 ) -> None:
     """List the hypergradient backends that are installed, with their options."""
     if name is not None:
-        chosen = get_backend_class(name)
-        out.print(f"[bold]{name}[/bold]  ({chosen.__module__}.{chosen.__qualname__})\n")
-        out.print(escape(inspect.cleandoc(chosen.__doc__ or "")), highlight=False)
-        out.print()
+        out.print(escape(page(name)), highlight=False, soft_wrap=True)
+        return
     table = Table(box=None, pad_edge=False)
     for column in ("backend", "option", "default", "what"):
         table.add_column(column, overflow="fold")
-    for each in [name] if name is not None else list_backends():
-        chosen = get_backend_class(each)
-        table.add_row(f"[bold]{each}[/bold]", "", "", escape(inspect.cleandoc(chosen.__doc__ or "").splitlines()[0]))
-        for option in options_of(chosen):
-            default = "" if option.default is dataclasses.MISSING else repr(option.default)
-            table.add_row("", option.name, escape(default), escape(_description(chosen, option.name)))
+    for each in list_backends():
+        table.add_row(f"[bold]{each}[/bold]", "", "", escape(summary(each)))
+        for option in option_rows(get_backend_class(each)):
+            table.add_row("", *(escape(cell) for cell in option))
     out.print(table)
 
 
@@ -292,39 +341,20 @@ def _show_warning(message: Warning | str, category: type[Warning], *args: Any, *
     err.print(f"[yellow]{label}:[/yellow] {escape(str(message))}", highlight=False)
 
 
-def _pairs(items: list[str] | None, flag: str) -> dict[str, Any]:
-    pairs = {}
-    for item in items or []:
-        name, equals, value = item.partition("=")
-        if not equals or not name:
-            raise CommandError(f"{flag} takes NAME=VALUE; got {item!r}.")
-        pairs[name.strip()] = _literal(value.strip())
-    return pairs
-
-
-def _literal(text: str) -> Any:
-    """A number, True, None … where the text reads as one, else the text; nothing is evaluated."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
-def _check_device(device: str | None) -> None:
-    if device is None:
-        return
-    try:
-        torch.empty((), device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise CommandError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
-
-
-def _set_threads(threads: int | None) -> None:
-    if threads is None:
-        return
-    if threads < 1:
-        raise CommandError(f"--threads must be a whole number of at least 1; got {threads}.")
-    torch.set_num_threads(threads)
+def _built(
+    file: Path,
+    problem: str | None,
+    knob: list[str] | None,
+    seed: int | None,
+    device: str | None,
+    threads: int | None,
+) -> BilevelProblem:
+    check_device(device)
+    set_threads(threads)
+    if seed is not None:
+        torch.manual_seed(seed)
+    built = build(find_problem(load_file(file), problem), pairs(knob, "--knob"))
+    return built if device is None else built.to(device)
 
 
 def _on_device(builder: Any, device: str) -> Any:
@@ -335,11 +365,6 @@ def _on_device(builder: Any, device: str) -> Any:
 
     moved.__knobs__ = knobs_of(builder)  # type: ignore[attr-defined]
     return moved
-
-
-def _description(backend: Any, option: str) -> str:
-    metadata = getattr(option_types(backend)[option], "__metadata__", ())
-    return next((each.description for each in metadata if getattr(each, "description", None)), "")
 
 
 def _number(value: Any) -> str:

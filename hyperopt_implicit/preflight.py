@@ -8,6 +8,7 @@ are put back.
 from __future__ import annotations
 
 import re
+import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -50,8 +51,9 @@ def preflight(problem: BilevelProblem, backend: Backend, training_batch: Any, va
             training = problem.functional_training_loss(params, hparams, training_batch)
         with _running(problem, "validation_loss", validation_batch):
             validation = problem.functional_validation_loss(params, hparams, validation_batch)
-        for loss, role in ((training, "training_loss"), (validation, "validation_loss")):
-            _check_number(loss, role)
+        _check_number(training, "training_loss")
+        # a metric that nothing differentiates may be a count
+        _check_number(validation if backend.needs_validation_gradient else validation.double(), "validation_loss")
         gradient = _check_graph(training, params)
         direct = _grads([validation], hparams) if validation.requires_grad else [None] * len(hparams)
         mixed: Sequence[Tensor | None] = [None] * len(hparams)
@@ -165,8 +167,19 @@ def _culprit(problem: BilevelProblem, batch: Any, error: BaseException) -> tuple
     return f"operator {backward!r}", "the training loss"
 
 
+def _users_line() -> str:
+    """``, line N of FILE,``: the innermost line of the present call that is neither torch's nor this library's."""
+    frame: Any = sys._getframe()
+    while frame is not None:
+        package = frame.f_globals.get("__name__", "").split(".")[0]
+        if package not in ("torch", "hyperopt_implicit", "contextlib"):
+            return f", line {frame.f_lineno} of {Path(frame.f_code.co_filename).name},"
+        frame = frame.f_back
+    return ""
+
+
 class _Recorder(TorchDispatchMode):
-    """Notes each operator that runs, with the module that it runs in."""
+    """Notes each operator that runs, with the module that it runs in and the line that called it."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -192,5 +205,5 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         where = self._stack[-1] if self._stack else "the training loss itself, outside any module of the model"
-        self.calls.append((function.name().removeprefix("aten::").split(".")[0], where))
+        self.calls.append((function.name().removeprefix("aten::").split(".")[0], f"{where}{_users_line()}"))
         return function(*args, **(kwargs or {}))

@@ -6,11 +6,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -172,6 +173,31 @@ class BilevelProblem:
         self.optimizer.load_state_dict(self.optimizer.state_dict())
         return self
 
+    def copy(
+        self, dtype: torch.dtype | None = None, losses: Mapping[str, Callable[..., Tensor]] | None = None
+    ) -> BilevelProblem:
+        """An independent copy of model, hyperparameters and inner optimizer; the data is shared, and so are the losses.
+
+        Args:
+            dtype: of the copy's floating-point parameters, buffers and optimizer state; unchanged where None.
+            losses: ``"training_loss"`` or ``"validation_loss"``, to be used in the place of the problem's own; it must
+                take the same keywords.
+        """
+        memo: dict[int, Any] = {}
+        other = copy.copy(self)
+        other.model = copy.deepcopy(self.model, memo)
+        other.hyperparameters = copy.deepcopy(self.hyperparameters, memo)
+        other.optimizer = copy.deepcopy(self.optimizer, memo)
+        if dtype is not None:
+            other.model.to(dtype)
+            other.hyperparameters.to(dtype)
+            other.optimizer.load_state_dict(other.optimizer.state_dict())
+        named = dict(other.model.named_parameters())
+        other._params = {name: named[name] for name in self._params}
+        other._bound = _Bound(other.model, other.hyperparameters)
+        other._losses = {**self._losses, **(losses or {})}
+        return other
+
     def loss_source(self, role: str = "training_loss") -> Callable[..., Tensor]:
         """The undecorated function behind ``training_loss`` or ``validation_loss``."""
         return self._losses[role]
@@ -274,10 +300,10 @@ class BilevelProblem:
 
     @torch.no_grad()
     def sync_optimizer(self) -> None:
-        """Write the present values of the optimizer's hyperparameters into the inner optimizer's options."""
+        """Write the present values of the optimizer's hyperparameters into its options; of a schedule, the first."""
         for name, value in self.hyperparameters("optimizer").items():
             for group in self.optimizer.param_groups:
-                write_option(group, name, float(value))
+                write_option(group, name, float(cast(Tensor, value).flatten()[0]))
 
 
 @contextmanager
@@ -307,8 +333,12 @@ def write_option(group: dict[str, Any], name: str, value: Any) -> None:
 def _check_options(hyperparameters: Hyperparameters, optimizer: torch.optim.Optimizer) -> None:
     for name in hyperparameters.names("optimizer"):
         value = getattr(hyperparameters, name)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            raise DeclarationError(f"a hyperparameter of the optimizer must be one number; {name!r} is not.")
+        if not isinstance(value, Tensor) or (value.numel() != 1 and (value.dim() != 1 or not len(value))):
+            found = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise DeclarationError(
+                "a hyperparameter of the optimizer must be one number, or a 1-D tensor with a value for each inner "
+                f"step; {name!r} is {found}. Give it init=0.1, say, or init=torch.full((steps,), 0.1)."
+            )
         for group in optimizer.param_groups:
             options = [
                 key for key, x in group.items() if isinstance(x, float | int | Tensor) and not isinstance(x, bool)

@@ -28,6 +28,13 @@ def params_of(problem: BilevelProblem, backend: Backend) -> dict[str, Any]:
     return {
         "backend": type(backend).__name__,
         **{f"backend.{option.name}": getattr(backend, option.name) for option in options_of(type(backend))},
+        **problem_params(problem),
+    }
+
+
+def problem_params(problem: BilevelProblem) -> dict[str, Any]:
+    """Model, inner optimizer, hyperparameters and versions."""
+    return {
         "model": type(problem.model).__name__,
         "model.parameters": sum(p.numel() for p in problem.params.values()),
         "inner_optimizer": type(problem.optimizer).__name__,

@@ -32,9 +32,14 @@ class TestBackends(BackendConformance):
         self.accuracy = request.param.accuracy
         self.cosine = request.param.cosine
         self.calls = request.param.calls
+        self.prepare = request.param.prepare
 
     def test_dropout_masks_are_those_drawn_first(self) -> None:
         """Beyond the contract: our backends draw as plain training would, once a batch, so the truth is known."""
+        if self.calls > 1 or self.backend.batches == "sampled":
+            return  # what it returns mixes many draws: those of all calls, or of every look at a batch
+        if not self.through_training and not self.backend.needs_second_derivative:
+            return  # biased where L is not at its minimum, as it cannot be for every mask
         training, validation = regression_data(0), regression_data(1)
         problem = ridge_problem(nn.Sequential(Linear(4), nn.Dropout(0.5)))
         train_to_minimum(problem, [training], max_steps=1)
@@ -72,13 +77,21 @@ def test_products_are_counted(case, monkeypatch):
 
     monkeypatch.setattr(Hessian, "__matmul__", counting)
     problem, training, validation = ridge_problem(), regression_data(0), regression_data(1)
+    case.prepare(problem, [training] * 3, validation)
+
+    def expected():
+        if not case.backend.needs_second_derivative:
+            return 0
+        assert case.differentiates == "trajectory" or count > 0
+        return count if case.differentiates == "solution" else 3
+
     first = hi.hypergradient(problem, case.backend, training_batches=[training] * 3, validation_batch=validation)
-    assert first.hvps == (count if case.differentiates == "solution" else 3) > 0
+    assert first.hvps == expected()
     count = 0
     second = hi.hypergradient(
         problem, case.backend, training_batches=[training] * 3, validation_batch=validation, state=first.state
     )
-    assert second.hvps == (count if case.differentiates == "solution" else 3) > 0
+    assert second.hvps == expected()
 
 
 # ------------------------------------------------------------------------------------ backends wrong on purpose

@@ -184,10 +184,11 @@ DECLARATIONS: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], str]]
         "a hyperparameter with target='optimizer' must be a numeric option of the inner optimizer; SGD has dampening, "
         "lr, momentum, weight_decay, not 'momentun'. Did you mean 'momentum'?",
     ),
-    "vector for an option of the inner optimizer": (
-        lambda model: build(model, optimizer_option("lr", torch.ones(2))),
+    "matrix for an option of the inner optimizer": (
+        lambda model: build(model, optimizer_option("lr", torch.ones(2, 2))),
         hi.DeclarationError,
-        "a hyperparameter of the optimizer must be one number; 'lr' is not.",
+        "a hyperparameter of the optimizer must be one number, or a 1-D tensor with a value for each inner step; 'lr' "
+        "is of shape (2, 2). Give it init=0.1, say, or init=torch.full((steps,), 0.1).",
     ),
     "knob that is no keyword": (
         lambda model: hi.knob("wdith", IntDistribution(1, 8))(builder_with_width),

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "examples"
-SHARED = {"comparison", "protocol"}  # imported by the problems beside it
+SHARED = {"comparison", "protocol", "over_seeds"}  # imported by the problems beside it
+UNROLLED = ["--backend", "unrolled"]  # what is learned shows in the steps of training alone
+OPTIONS = {
+    "learning_rate": [*UNROLLED, "--inner-steps", "40"],  # one for each value of the schedule
+    "momentum": UNROLLED,
+    "distilled_data": UNROLLED,
+    "meta_learning": UNROLLED,
+}
 EXAMPLES = sorted(path for path in FOLDER.rglob("*.py") if path.stem not in SHARED)
 
 
@@ -25,7 +32,7 @@ def test_example_runs_in_its_short_form(example: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example_can_be_run_from_the_command_line(example: Path, tmp_path: Path) -> None:
     command = [str(Path(sys.executable).with_name("hyperopt-implicit")), "run", str(example), "--threads", "1"]
-    options = ["--outer-steps", "1", "--inner-steps", "1", "--no-tracking"]
+    options = ["--outer-steps", "1", "--inner-steps", "1", "--no-tracking", *OPTIONS.get(example.stem, [])]
     run = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr
     assert "validation loss" in run.stdout

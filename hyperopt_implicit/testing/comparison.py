@@ -35,6 +35,9 @@ class Comparison:
         """Whether the backend under test differentiates the trajectory."""
         return self.backend.differentiates == "trajectory"
 
+    def prepare(self, problem: BilevelProblem, training_batches: Sequence[Any], validation_batch: Any) -> None:
+        """Called before the first call, for a backend that asks more of a problem than batches; does nothing here."""
+
     def compute(
         self,
         problem: BilevelProblem,
@@ -43,6 +46,7 @@ class Comparison:
         state: State | None = None,
     ) -> Hypergradient:
         """The backend's hypergradient, through the public function: the last of as many calls as it takes."""
+        self.prepare(problem, training_batches, validation_batch)
         result = hypergradient(
             problem, self.backend, training_batches=training_batches, validation_batch=validation_batch, state=state
         )
@@ -72,11 +76,11 @@ class Comparison:
         if not left < 1e-11:
             raise AssertionError(f"the suite's own training did not converge: ‖∂L/∂w‖ = {left}")
         batches = [training]
+        eigenvalues = torch.linalg.eigvalsh(dense_derivatives(problem, batches).hessian)
+        eigenvalues = eigenvalues[eigenvalues > 1e-9 * eigenvalues.max()]
+        least, most = float(eigenvalues.min()), float(eigenvalues.max())
+        problem.optimizer.param_groups[0]["lr"] = 2.0 / (least + most)  # the best for gradient descent
         if self.through_training:
-            eigenvalues = torch.linalg.eigvalsh(dense_derivatives(problem, batches).hessian)
-            eigenvalues = eigenvalues[eigenvalues > 1e-9 * eigenvalues.max()]
-            least, most = float(eigenvalues.min()), float(eigenvalues.max())
-            problem.optimizer.param_groups[0]["lr"] = 2.0 / (least + most)
             contraction = max((most - least) / (most + least), 0.1)
             batches *= math.ceil(math.log(0.01 * self.accuracy) / math.log(contraction))
         return self.compute(problem, batches, validation)

@@ -35,6 +35,7 @@ from hyperopt_implicit.testing.comparison import Comparison
 from hyperopt_implicit.testing.oracles import (
     DenseOperator,
     finite_differences,
+    retrained_differences,
     train_to_minimum,
     unrolled_hypergradient,
 )
@@ -229,7 +230,8 @@ class BackendConformance(Comparison):
         """Their gradients are equal; autograd gives both in the same memory."""
         problem = ridge_problem(also=hyperparameter("second", init=0.3, constraint=constraints.positive))
         result = self.check_at_minimum(problem, TRAINING, VALIDATION)
-        assert_close({"decay": result.gradients["decay"]}, {"decay": result.gradients["second"]}, 1e-12)
+        allowed = 1e-12 if self.backend.needs_validation_gradient else self.accuracy
+        assert_close({"decay": result.gradients["decay"]}, {"decay": result.gradients["second"]}, allowed)
 
     def test_hyperparameter_that_is_a_module(self) -> None:
         """An auxiliary network weighs the rows; its frozen parameters are not among the gradients."""
@@ -269,14 +271,18 @@ class BackendConformance(Comparison):
     # ------------------------------------------------------------------------------------------ layers that hold state
 
     def test_batch_norm_in_training_mode(self) -> None:
-        """Batch statistics are differentiated, and running statistics stay as they were."""
+        """Batch statistics are differentiated, and running statistics stay as they were.
+
+        A backend that only evaluates F sees as well what training leaves in the running statistics.
+        """
         training, validation = regression_data(0, features=2), regression_data(1, features=2)
         problem = network_problem(
             seeded(lambda: nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Tanh(), nn.Linear(2, 1))), decay=1.0
         )
         train_to_minimum(problem, [training])
         batches = self.repeated(training)
-        expected = self.truth(problem, batches, validation)
+        oracle = self.truth if self.backend.needs_validation_gradient else retrained_differences
+        expected = oracle(problem, batches, validation)
         with assert_unchanged(problem):
             result = self.compute(problem, batches, validation)
         self.agree(result.gradients, expected)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyperopt_implicit.inner_loop import train_step
 from hyperopt_implicit.operators import LinearOperator
 from hyperopt_implicit.problem import BilevelProblem
 from hyperopt_implicit.vectors import Params
@@ -127,6 +128,21 @@ def finite_differences(function: Callable[[], float], at: Params, *, step: float
                 gradient[name].reshape(-1)[i] += weight * function() / (12.0 * step)
             flat[i] = here
     return gradient
+
+
+def retrained_differences(problem: BilevelProblem, training_batches: Sequence[Any], validation_batch: Any) -> Params:
+    """dF/dλ through plain training steps on a copy, by finite differences; what reaches F through buffers included."""
+    twin = problem.copy()
+    start = twin.inner_state()
+
+    def trained() -> float:
+        twin.load_inner_state(start)
+        twin.sync_optimizer()
+        for batch in training_batches:
+            train_step(twin, batch, twin.hyperparameters.values())
+        return float(twin.validation_loss(validation_batch))
+
+    return finite_differences(trained, twin.hparams)
 
 
 def _leaves(problem: BilevelProblem) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,50 @@
+"""What ``check`` and ``compare`` are run on: steps of warm-up, batches, and counts that hold."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from hyperopt_implicit.data import to_device
+from hyperopt_implicit.errors import HyperoptError, ProblemError
+from hyperopt_implicit.inner_loop import train_step
+from hyperopt_implicit.problem import BilevelProblem
+
+MOST_BATCHES = 16
+
+
+def warm_up(problem: BilevelProblem, steps: int) -> None:
+    """Plain training steps on the problem itself."""
+    if steps:
+        stream, values = problem.stream("training_data"), problem.hyperparameters.values()
+        for _ in range(steps):
+            train_step(problem, stream.next(), values)
+
+
+def batches_of(problem: BilevelProblem, role: str, given: Sequence[Any] | None, count: int | None) -> list[Any]:
+    """The batches given, or else the first ``count`` of the problem's data, or else one pass of it, cut at sixteen.
+
+    Raises:
+        ProblemError: none were given and the problem has no data, or the list is empty.
+    """
+    if given is not None:
+        if len(given) == 0:
+            raise ProblemError(f"{role.replace('data', 'batches')} must hold at least one batch; it is empty.")
+        return [to_device(batch, problem.device) for batch in given]
+    stream = problem.stream(role)
+    if count is not None:
+        return stream.take(count)
+    data = problem.training_data if role == "training_data" else problem.validation_data
+    assert data is not None
+    return [to_device(batch, problem.device) for batch in itertools.islice(iter(data), MOST_BATCHES)]
+
+
+def check_count(name: str, value: Any, least: int) -> None:
+    """Refuse what is no whole number of at least ``least``.
+
+    Raises:
+        HyperoptError: with the option, what it must be and what it is.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise HyperoptError(f"{name} must be a whole number of at least {least}; got {value!r}.")
