@@ -13,11 +13,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from hyperopt_implicit.backend import Status, get_backend
+from hyperopt_implicit.backend import Status
 from hyperopt_implicit.errors import HypergradientError, ProblemError
-from hyperopt_implicit.implicit import ImplicitBackend
 from hyperopt_implicit.messages import nearest
-from hyperopt_implicit.newton import inner_hessian, inner_objective, newton
+from hyperopt_implicit.newton import conjugate_gradients, inner_hessian, inner_objective, newton
 from hyperopt_implicit.operators import LossHessian, gradients, twice_differentiable
 from hyperopt_implicit.problem import BilevelProblem
 from hyperopt_implicit.randomness import random_states, replaying
@@ -54,8 +53,9 @@ def minimizer(
     stand in a training loss, of which implicit and unrolled backends take second derivatives. Derivatives above
     ``order`` are wrong, not missing.
 
-    Nothing of the problem changes, and torch's random state does not move; random layers draw the same at every look
-    at the loss, and batch statistics come from the batch.
+    Parameters on which L does not depend stay as they are. Nothing of the problem changes, and torch's random state
+    does not move; random layers draw the same at every look at the loss, and a layer in training mode takes its
+    statistics from the batch, as in training.
 
     Cost: Newton's steps, each one gradient and its solver's Hessian-vector products; A, which for up to 1000
     parameters is formed by one product each and factorised, and beyond is applied by conjugate gradients; and
@@ -127,7 +127,7 @@ def minimizer(
             f"{target:.3g} asked for. Add weight decay to the training loss, start nearer with start=, or allow more "
             "with max_steps= or tolerance=."
         )
-    inverse = _inverse(found.hessian, found.params)
+    inverse: Flat | None = None
     wants_graph = torch.is_grad_enabled()
     with torch.enable_grad(), twice_differentiable(problem):
         w = {name: p.detach().requires_grad_() for name, p in found.params.items()}
@@ -135,8 +135,10 @@ def minimizer(
             with replaying(drawn, device):
                 objective = inner_objective(problem, w, hparams, batches)
             gradient = gradients(objective, w, create_graph=True)
-            flat = torch.cat([g.reshape(-1) for g in gradient.values()])
-            step = _unflatten(cast(Tensor, _Apply.apply(flat, inverse)), w)
+            if inverse is None:
+                unused = {name for name, g in gradient.items() if g.grad_fn is None}
+                inverse = _inverse(found.hessian, found.params, unused)
+            step = _unflatten(cast(Tensor, _Apply.apply(_flatten(gradient), inverse)), w)
             w = {name: p - step[name] for name, p in w.items()}
     return w if wants_graph else {name: p.detach() for name, p in w.items()}
 
@@ -146,35 +148,34 @@ class _Apply(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, apply: Flat) -> Tensor:
-        ctx.apply = apply
+        ctx.A = apply  # a node of the graph has a method named apply already
         return apply(x.detach())
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> tuple[Tensor, None]:
-        return cast(Tensor, _Apply.apply(cotangents[0], ctx.apply)), None
+        return cast(Tensor, _Apply.apply(cotangents[0], ctx.A)), None
 
 
-def _inverse(hessian: LossHessian, params: Params) -> Flat:
-    """x ↦ H⁻¹x, for vectors in one piece."""
+def _inverse(hessian: LossHessian, params: Params, unused: set[str]) -> Flat:
+    """x ↦ H⁻¹x, for vectors in one piece; parameters on which L does not depend stay out of it."""
     size = sum(p.numel() for p in params.values())
-    return _dense_inverse(hessian, params, size) if size <= _DENSE else _iterative_inverse(hessian, params)
+    return _dense_inverse(hessian, params, unused) if size <= _DENSE else _iterative_inverse(hessian, params)
 
 
-def _dense_inverse(hessian: LossHessian, params: Params, size: int) -> Flat:
-    like = next(iter(params.values()))
-    basis = torch.eye(size, dtype=like.dtype, device=like.device)
-    H = torch.stack([_flatten(hessian @ _unflatten(row, params)) for row in basis])
-    factor, failed = torch.linalg.cholesky_ex((H + H.T) / 2)
+def _dense_inverse(hessian: LossHessian, params: Params, unused: set[str]) -> Flat:
+    fill = _flatten({name: torch.full_like(p, float(name in unused)) for name, p in params.items()})
+    rows = torch.eye(len(fill), dtype=fill.dtype, device=fill.device)
+    H = torch.stack([_flatten(hessian @ _unflatten(row, params)) for row in rows])
+    factor, failed = torch.linalg.cholesky_ex((H + H.T) / 2 + torch.diag(fill))
     pivots = factor.diagonal().square()
-    if int(failed) or not float(pivots.min()) > size * precision(params) * float(pivots.max()):
+    if int(failed) or not float(pivots.min()) > len(fill) * precision(params) * float(pivots.max()):
         raise HypergradientError(_flat_message("its Cholesky factorisation breaks down"))
     return lambda x: torch.cholesky_solve(x[:, None], factor)[:, 0]
 
 
 def _iterative_inverse(hessian: LossHessian, params: Params) -> Flat:
     accuracy = 100.0 * precision(params)
-    solver = get_backend("cg", tolerance=accuracy, max_iterations=2000, warm_start=False)
-    assert isinstance(solver, ImplicitBackend)
+    solver = conjugate_gradients(accuracy, 2000)
 
     @torch.no_grad()
     def apply(x: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ Nothing is changed in place: it goes from weights to weights. What is done with 
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -102,10 +104,20 @@ def newton(
     return Descent(params, hessian, steps)
 
 
+def conjugate_gradients(tolerance: float, max_iterations: int) -> ImplicitBackend:
+    """The backend ``cg``, from zero every time."""
+    return dataclasses.replace(_conjugate_gradients(), tolerance=tolerance, max_iterations=max_iterations)  # type: ignore[call-arg]
+
+
+@functools.cache  # to find it among the entry points takes longer than to solve a small system
+def _conjugate_gradients() -> ImplicitBackend:
+    solver = get_backend("cg", warm_start=False)
+    assert isinstance(solver, ImplicitBackend)
+    return solver
+
+
 @torch.no_grad()
 def _newton_step(hessian: LinearOperator, gradient: Params, accuracy: float) -> Params:
     """H⁻¹ ∂L/∂w as far as H curves upwards; the gradient itself where it does not at once."""
-    solver = get_backend("cg", tolerance=max(accuracy, 1e-8), max_iterations=250, warm_start=False)
-    assert isinstance(solver, ImplicitBackend)
-    solution = solver.solve(hessian, gradient, {})
+    solution = conjugate_gradients(max(accuracy, 1e-8), 250).solve(hessian, gradient, {})
     return solution.value if solution.iterations > 0 else clone(gradient)

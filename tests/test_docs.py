@@ -27,6 +27,8 @@ import yaml
 
 from hyperopt_implicit.cli import app
 
+from .cases import CASES
+
 ROOT = Path(__file__).parent.parent
 _FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\w+)(?P<info>[^\n]*)\n(?P<body>.*?)^(?P=indent)```$", re.DOTALL | re.MULTILINE
@@ -151,6 +153,11 @@ def test_the_commands_of_a_page_work(page: Path, capsys: pytest.CaptureFixture[s
         root.commands[name].make_context(name, arguments)  # raises what the command line would say
     trials = 0
     for name, *arguments in commands_of(page):
+        if name == "compare":
+            arguments.append("--no-tracking")
+        if name in ("check", "compare") and Path(arguments[0]).exists():
+            with contextlib.suppress(typer.Exit):
+                app([name, *arguments], standalone_mode=False)
         if name == "backends":
             app([name, *arguments], standalone_mode=False)
         elif name in ("run", "search") and Path(arguments[0]).exists():
@@ -162,7 +169,8 @@ def test_the_commands_of_a_page_work(page: Path, capsys: pytest.CaptureFixture[s
 def test_every_page_is_in_the_navigation() -> None:
     navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
     listed = set(re.findall(r"[\w/-]+\.md", str(navigation)))
-    assert listed == {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")}
+    generated = {f"backends/{case.name}.md" for case in CASES}
+    assert listed == generated | {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")}
 
 
 def test_figures_of_the_readme_are_those_that_the_examples_printed() -> None:

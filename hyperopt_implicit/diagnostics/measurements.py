@@ -224,7 +224,7 @@ class CheckReport:
             )
         if part == "solver":
             residual = "" if result.residual is None else f", residual {result.residual:.2g}"
-            calls = "" if found.calls == 1 else f", settled after {found.calls} calls"
+            calls = "" if found.calls == 1 else f", {found.calls} calls"
             return f"{result.status.value} after {result.hvps} products{residual}{calls}"
         if part == "one batch for all":
             return "spread of the hypergradients from single batches"
