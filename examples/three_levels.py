@@ -55,7 +55,7 @@ Batch = tuple[Tensor, Tensor]
 CASES, FEATURES = 60, 60
 GRID = torch.logspace(-3, 1, 13, dtype=torch.float64)
 STRENGTH, STRENGTHS, OFFSETS = 0.1, (0.01, 0.1, 1.0), (-1.5, 0.0, 1.5)
-MIDDLE_STEPS, MIDDLE_LR, OUTER_STEPS = 60, 0.1, 40
+MIDDLE_STEPS, MIDDLE_LR, OUTER_STEPS = 200, 0.1, 60
 
 
 def case_loss(weight: Tensor, batch: Batch) -> Tensor:
@@ -185,7 +185,7 @@ def learned_prior(seed: int, quick: bool, tracking: bool) -> tuple[float, float]
         backend={"name": "cg", "max_iterations": 30},
         outer_steps=2 if quick else OUTER_STEPS,
         inner_steps=5,
-        warmup_steps=5 if quick else MIDDLE_STEPS,
+        warmup_steps=50 if quick else MIDDLE_STEPS,
         outer_lr=0.1,
         progress=False,
         tracking=tracking and hi.Tracking(run_name=f"three levels, seed {seed}", params={"seed": seed}),

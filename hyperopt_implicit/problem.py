@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,20 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from hyperopt_implicit.data import BatchStream, Data, check_data
-from hyperopt_implicit.errors import DeclarationError, LossError, ProblemError
-from hyperopt_implicit.hyperparameters import (
-    Declaration,
-    Hyperparameters,
-    Value,
-    accepted_names,
-    declarations_of,
-    undecorated,
+from hyperopt_implicit.binding import (
+    OptimizerFactory,
+    check_options,
+    has_ties,
+    has_weight_norm,
+    inner_optimizer,
+    match,
+    trained_parameters,
 )
-from hyperopt_implicit.messages import nearest
+from hyperopt_implicit.data import BatchStream, Data, check_data
+from hyperopt_implicit.errors import LossError, ProblemError
+from hyperopt_implicit.hyperparameters import Hyperparameters, Value, declarations_of, undecorated
 from hyperopt_implicit.vectors import Params
-
-OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
 @dataclass
@@ -123,14 +121,14 @@ class BilevelProblem:
             "validation_loss": undecorated(validation_loss),
         }
         declarations = declarations_of(training_loss) + declarations_of(validation_loss)
-        self._taken = _match(declarations, self._losses)
-        self.optimizer = _inner_optimizer(optimizer, model)
-        self._params = _trained_parameters(self.optimizer, model)
+        self._taken = match(declarations, self._losses)
+        self.optimizer = inner_optimizer(optimizer, model)
+        self._params = trained_parameters(self.optimizer, model)
         self.hyperparameters = Hyperparameters(declarations, model)
-        _check_options(self.hyperparameters, self.optimizer)
+        check_options(self.hyperparameters, self.optimizer)
         self._bound = _Bound(model, self.hyperparameters)
-        self._has_ties = _has_ties(self._bound)
-        self.has_weight_norm = _has_weight_norm(self._bound)
+        self._has_ties = has_ties(self._bound)
+        self.has_weight_norm = has_weight_norm(self._bound)
         self.sync_optimizer()
 
     # ------------------------------------------------------------------------------------------------ what it is
@@ -328,106 +326,6 @@ def write_option(group: dict[str, Any], name: str, value: Any) -> None:
         group[name].fill_(value)
     else:
         group[name] = value
-
-
-def _check_options(hyperparameters: Hyperparameters, optimizer: torch.optim.Optimizer) -> None:
-    for name in hyperparameters.names("optimizer"):
-        value = getattr(hyperparameters, name)
-        if not isinstance(value, Tensor) or (value.numel() != 1 and (value.dim() != 1 or not len(value))):
-            found = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-            raise DeclarationError(
-                "a hyperparameter of the optimizer must be one number, or a 1-D tensor with a value for each inner "
-                f"step; {name!r} is {found}. Give it init=0.1, say, or init=torch.full((steps,), 0.1)."
-            )
-        for group in optimizer.param_groups:
-            options = [
-                key for key, x in group.items() if isinstance(x, float | int | Tensor) and not isinstance(x, bool)
-            ]
-            options += ["beta1", "beta2"] if "betas" in group else []
-            if name not in options:
-                raise DeclarationError(
-                    "a hyperparameter with target='optimizer' must be a numeric option of the inner optimizer; "
-                    f"{type(optimizer).__name__} has {', '.join(sorted(options))}, not "
-                    f"{name!r}.{nearest(name, options)}"
-                )
-
-
-def _match(declarations: tuple[Declaration, ...], losses: dict[str, Callable[..., Tensor]]) -> dict[str, list[str]]:
-    """Which loss takes which declared name; refuses names that are declared twice, taken by none, or never declared."""
-    names = [each.name for each in declarations]
-    for name in names:
-        if names.count(name) > 1:
-            raise DeclarationError(
-                f"each hyperparameter is declared once; {name!r} is declared on both losses. Keep one declaration: "
-                f"each loss that takes {name!r} as a keyword gets the value."
-            )
-    for_losses = [each.name for each in declarations if each.target == "loss"]
-    taken = {role: accepted_names(loss, for_losses) for role, loss in losses.items()}
-    for name in for_losses:
-        if not any(name in each for each in taken.values()):
-            raise DeclarationError(
-                "a hyperparameter must be a keyword of a loss; neither training_loss nor validation_loss takes "
-                f"{name!r}. Add it to the signature, or declare it with target='optimizer' if the inner optimizer "
-                "uses it."
-            )
-    for role, loss in losses.items():
-        required = [
-            p.name
-            for p in list(inspect.signature(loss).parameters.values())[2:]
-            if p.default is p.empty and p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
-        ]
-        missing = [name for name in required if name not in for_losses]
-        if missing:
-            raise DeclarationError(
-                f"every keyword of a loss needs a declaration or a default; {role} takes {missing[0]!r}, which has "
-                "neither. "
-                f'Add @hyperparameter("{missing[0]}", init=…) to it, or give it a default.'
-            )
-    return taken
-
-
-def _inner_optimizer(optimizer: OptimizerFactory | torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if not trainable:
-        raise ProblemError(
-            "the model must have at least one parameter with requires_grad=True; it has none, so there is nothing to "
-            "train. Unfreeze the part that should be trained."
-        )
-    made = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(trainable)
-    if not isinstance(made, torch.optim.Optimizer):
-        raise ProblemError(
-            f"optimizer must be a torch.optim.Optimizer or a factory that returns one from a list of parameters; got "
-            f"{type(made).__name__}. For instance optimizer=lambda params: torch.optim.SGD(params, lr=0.1)."
-        )
-    return made
-
-
-def _trained_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, nn.Parameter]:
-    names = {id(p): name for name, p in model.named_parameters()}
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    foreign = [p for p in held if id(p) not in names]
-    if foreign:
-        raise ProblemError(
-            f"the inner optimizer must hold parameters of the model only; {len(foreign)} of its {len(held)} tensors "
-            f"(the first of shape {tuple(foreign[0].shape)}) are not among them. Build it from the parameters that the "
-            f"factory is given, or from those of the model passed to BilevelProblem."
-        )
-    chosen = {id(p) for p in held if p.requires_grad}
-    params = {name: p for name, p in model.named_parameters() if id(p) in chosen}
-    if not params:
-        raise ProblemError("the inner optimizer must hold a parameter with requires_grad=True; it holds none.")
-    return params
-
-
-def _has_weight_norm(module: nn.Module) -> bool:
-    parts = [part for each in module.modules() for part in (each, *each._forward_pre_hooks.values())]
-    return any(type(part).__name__ in ("_WeightNorm", "WeightNorm") for part in parts)
-
-
-def _has_ties(module: nn.Module) -> bool:
-    """Whether one tensor stands under two names, which ``functional_call`` has to look for at every call."""
-    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    return len({id(tensor) for _, tensor in tensors}) < len(tensors)
 
 
 def _scalar(loss: Any, role: str) -> Tensor:

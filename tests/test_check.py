@@ -14,6 +14,7 @@ from torch.distributions import constraints
 
 import hyperopt_implicit as hi
 from hyperopt_implicit import optimizers
+from hyperopt_implicit.diagnostics.truth import Slope
 from hyperopt_implicit.testing.assertions import assert_unchanged
 from hyperopt_implicit.testing.oracles import train_to_minimum
 from hyperopt_implicit.testing.specimens import (
@@ -87,6 +88,47 @@ def test_steps_tell_truncation_from_rounding():
     assert slope.best_step < slope.steps[0]
 
 
+def test_right_through_a_schedule():
+    """One rate a step; finite differences are of training under the same schedule."""
+    rates = torch.tensor([0.3, 0.02, 0.2, 0.05])
+    rate = hi.hyperparameter("lr", init=rates, constraint=constraints.positive, target="optimizer")
+    report = hi.check(ridge(solved=False, also=rate), "unrolled", inner_steps=4)
+    assert report.ok, report
+    assert report.parts["the losses' own derivatives"] < 1e-6
+
+
+def test_slopes_are_extrapolated_from_the_steps_that_agree_best():
+    """Quotients a + b·h² give a; the last one, lost to rounding, has no part in it, and the gap is what is doubted."""
+    steps = (1e-1, 1e-2, 1e-3, 1e-4)
+    found = Slope("all", {}, steps, (*(2.0 + 3.0 * h**2 for h in steps[:3]), 2.001))
+    assert found.value == pytest.approx(2.0, rel=1e-14)
+    assert found.uncertainty == pytest.approx(3.0 * (1e-4 - 1e-6), rel=1e-9)
+    assert found.best_step == 1e-3
+
+
+def test_decay_of_the_optimizer_is_a_part_of_the_inner_problem():
+    """The minimum is that of L + ½·weight_decay·‖w‖², and so are the differences and the theorem there."""
+    problem = ridge(solved=False, optimizer=lambda params: torch.optim.SGD(params, lr=0.1, weight_decay=0.5))
+    report = hi.check(problem, "exact", warmup_steps=500)
+    assert report.ok, report
+    assert report.measured.minimum.solved
+    assert report.measured.training_gradient_norm < 1e-9
+    assert report.relative_error < 1e-6 and report.parts["the losses' own derivatives"] < 1e-6
+
+
+def test_decay_of_the_optimizer_where_minima_are_found_with_first_derivatives():
+    """cdist has no second derivative: L-BFGS goes by values and gradients, in which the decay is a term."""
+    place = torch.ones(1, 4, dtype=torch.float64)
+    problem = ridge(
+        solved=False,
+        extra=lambda model: 0.1 * torch.cdist(model.weight[None], place).sum(),
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.1, weight_decay=0.5),
+    )
+    report = hi.check(problem, {"name": "f2sa", "penalty": 1e4, "steps": 200, "step_size": "auto"}, warmup_steps=500)
+    assert report.measured.minimum.solved, report
+    assert report.relative_error < 0.01, report
+
+
 def test_problem_is_left_alone():
     problem = ridge()
     with assert_unchanged(problem):
@@ -144,6 +186,15 @@ def test_series_that_is_cut_short():
     assert not report.ok
     assert "the solver left: its residual is" in report.verdict
     assert report.parts["inner problem not solved"] < 1e-6 < 0.01 < report.parts["solver"]
+
+
+def test_a_truncated_series_that_is_only_too_short_has_lost_no_factor():
+    """On a multiple of the identity a truncated series is a multiple of the truth, and its residual says so."""
+    problem = quadratic_problem(2.0 * torch.eye(3, dtype=torch.float64))
+    backend = {"name": "neumann", "terms": 1, "step_size": 0.1}
+    report = hi.check(problem, backend, training_batches=[None], validation_batches=[None])
+    assert "the solver left: its residual is 0.8." in report.verdict, report
+    assert report.relative_error == pytest.approx(0.8, rel=1e-6)
 
 
 def test_damping_that_is_too_large():

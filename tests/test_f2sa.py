@@ -123,3 +123,11 @@ def test_adapted_steps_need_fewer():
         compute(problem, tolerance=1e-8).iterations * 4
         < compute(problem, tolerance=1e-8, step_size="lr", steps=5000).iterations
     )
+
+
+def test_where_the_weights_have_no_say_carried_ones_have_none_either():
+    """What y and w differ by after a call with another F is no response to this one."""
+    before = compute(at_minimum(), steps=5)
+    problem = at_minimum(validation_loss=lambda model, batch, *, decay: decay.sum())
+    result = compute(problem, state=before.state)
+    assert_close(result.gradients, {"decay": problem.hyperparameters()["decay"].detach()}, 1e-12)

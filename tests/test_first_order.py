@@ -14,6 +14,7 @@ from hyperopt_implicit.testing.specimens import (
     TRAINING,
     VALIDATION,
     Linear,
+    half_mean_square,
     logistic_problem,
     network_problem,
     regression_data,
@@ -132,6 +133,43 @@ def test_direct_term_is_exact_where_the_weights_have_no_say(name):
     (expected,) = torch.autograd.grad(decay**3, list(problem.hparams.values()))
     result = compute(problem, name)
     assert torch.equal(result.gradients["decay"], expected)
+
+
+@pytest.mark.parametrize("name", ["finite_difference", "sama", "f2sa"])  # bome weighs it: see its own tests
+def test_direct_term_is_added_to_what_comes_through_the_weights(name):
+    def validation_loss(model, batch, *, decay):
+        return half_mean_square(model, batch) + decay**3
+
+    problem = start(ridge_problem(validation_loss=validation_loss))
+    (direct,) = torch.autograd.grad(problem.hyperparameters()["decay"] ** 3, list(problem.hparams.values()))
+    without = compute(start(ridge_problem()), name).gradients["decay"]
+    assert abs(without) > 1e-3
+    assert_close(compute(problem, name).gradients, {"decay": without + direct}, 1e-11)
+
+
+@pytest.mark.parametrize(
+    "backend", [*FOUR, {"name": "finite_difference", "lookahead": False}], ids=[*FOUR, "without lookahead"]
+)
+def test_losses_reported_are_those_at_the_weights(backend):
+    """L averaged over the batches, without what the optimizer adds; once more with state carried."""
+    problem = start(ridge_problem(optimizer=lambda params: torch.optim.SGD(params, lr=0.1, weight_decay=0.4)))
+    batches = [TRAINING, regression_data(2)]
+    training = sum(problem.training_loss(batch).item() for batch in batches) / 2.0
+    validation = problem.validation_loss(VALIDATION).item()
+    first = compute(problem, backend, batches)
+    second = compute(problem, backend, batches, state=first.state)
+    for result in (first, second):
+        assert (result.training_loss, result.validation_loss) == pytest.approx((training, validation), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["f2sa", "bome"])
+def test_carried_weights_of_other_shapes_are_dropped(name):
+    problem = start(ridge_problem())
+    expected = compute(problem, name)
+    for weights in ({"weight": torch.zeros(3, dtype=torch.float64)}, {"other": torch.zeros(4, dtype=torch.float64)}):
+        found = compute(problem, name, state={"weights": weights})
+        assert_close(found.gradients, expected.gradients, 0.0)
+        assert_close(found.state["weights"], expected.state["weights"], 0.0)
 
 
 @all_four
@@ -341,10 +379,10 @@ def test_dropout_masks_are_the_same_on_both_sides():
 @pytest.mark.parametrize("name", FOUR)
 def test_best_decay_of_ridge_regression(name):
     """One hyperparameter, whose gradient has the right sign: the optimum is that of the exact gradient."""
-    options = {"f2sa": {"penalty": 100.0, "steps": 20}, "bome": {"step_size": 0.02, "steps": 30}}.get(name, {})
+    options = {"f2sa": {"penalty": 100.0, "steps": 5}, "bome": {"step_size": 0.02, "steps": 30}}.get(name, {})
     problem = ridge()
     result = hi.optimize(
-        problem, {"name": name, **options}, outer_steps=400, inner_steps=5, warmup_steps=50, outer_lr=0.05,
+        problem, {"name": name, **options}, outer_steps=120, inner_steps=5, warmup_steps=50, outer_lr=0.1,
         tracking=False, progress=False,
     )  # fmt: skip
     reached = float(result.hyperparameters["decay"])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 import hyperopt_implicit as hi
-from hyperopt_implicit.testing.assertions import cosine
+from hyperopt_implicit.operators import validation_gradients
 from hyperopt_implicit.testing.comparison import Comparison
 from hyperopt_implicit.testing.oracles import (
     finite_differences,
@@ -26,7 +26,7 @@ from hyperopt_implicit.testing.oracles import (
     unrolled_hypergradient,
 )
 from hyperopt_implicit.testing.specimens import Linear, half_mean_square, regression_data, seeded
-from hyperopt_implicit.vectors import Params
+from hyperopt_implicit.vectors import Params, norm
 
 from .cases import CASES, Case
 
@@ -122,18 +122,18 @@ def learned_augmentation() -> hi.BilevelProblem:
 
 
 def architecture() -> hi.BilevelProblem:
-    """A softmax over two operations, as in DARTS; the choice stands in both losses."""
+    """A softmax over three operations, as in DARTS; the choice stands in both losses."""
 
     class Mixture(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.second = Linear(4), Linear(4)
+            self.operations = nn.ModuleList([Linear(4), Linear(4), Linear(4)])
 
         def forward(self, x: Tensor, choice: Tensor) -> Tensor:
-            share = choice.softmax(dim=0)
-            return share[0] * self.first(x) + share[1] * self.second(x.tanh())
+            inputs = (x, x.tanh(), x.square())
+            return choice.softmax(dim=0) @ torch.stack([f(z) for f, z in zip(self.operations, inputs, strict=True)])
 
-    @hi.hyperparameter("choice", init=torch.tensor([0.3, -0.3]))
+    @hi.hyperparameter("choice", init=torch.tensor([0.3, -0.3, 0.1]))
     def training_loss(model, batch, *, choice):
         x, y = batch
         return squares(model(x, choice), y).mean() + decay(model)
@@ -186,40 +186,37 @@ def option(name: str, init, constraint, **options: float) -> hi.BilevelProblem:
     return problem_of(training_loss, optimizer=sgd(**options))
 
 
+def bounds(one_step: float, bome: float) -> dict[str, float]:
+    """Cosines that biased methods keep to: bome, and the three others, which agree at a minimum to rounding."""
+    return {"finite_difference": one_step, "sama": one_step, "identity": one_step, "bome": bome}
+
+
+# a hyperparameter that pulls the weights in many directions is where H⁻¹ replaced by a multiple of I shows most
 KINDS = {
     "decay per parameter": Kind(decay_per_parameter),
-    "weight per sample": Kind(weight_per_sample),
+    "weight per sample": Kind(weight_per_sample, cosines=bounds(0.92, 0.95)),  # measured 0.9288, 0.9586
     "auxiliary losses, simplex": Kind(lambda: auxiliary_losses(constraints.simplex, torch.tensor([0.5, 0.3, 0.2]))),
     "auxiliary losses, positive": Kind(lambda: auxiliary_losses(constraints.positive, torch.tensor([1.0, 0.5, 0.5]))),
-    "distilled data": Kind(distilled_data),
-    "learned augmentation": Kind(learned_augmentation),
+    "distilled data": Kind(distilled_data, cosines=bounds(0.80, 0.85)),  # measured 0.8068, 0.8535
+    "learned augmentation": Kind(learned_augmentation, cosines=bounds(0.94, 0.97)),  # measured 0.9462, 0.9742
     "architecture": Kind(architecture),
-    "module": Kind(module),
+    "module": Kind(module, cosines=bounds(0.89, 0.92)),  # measured 0.8988, 0.9273
     "initialisation": Kind(lambda: beginning(0.0), vanishes=True),
-    "proximal initialisation": Kind(lambda: beginning(1.0)),
+    "proximal initialisation": Kind(lambda: beginning(1.0), cosines={"identity": 0.98}),  # measured 0.9861
     "learning rate": Kind(lambda: option("lr", 0.1, constraints.positive), optimizer=True),
     "schedule": Kind(lambda: option("lr", torch.linspace(0.2, 0.05, STEPS), constraints.positive), optimizer=True),
     "momentum": Kind(lambda: option("momentum", 0.5, constraints.unit_interval, momentum=0.5), optimizer=True),
 }
 
-EVERY_CALL_A_STEP = ("soba", "saba")  # hundreds of calls: on two kinds always, on the others in the long version
-SHORT = ("decay per parameter", "module")
+PAIRS = [
+    pytest.param(case, kind, id=f"{case.name}-{name}")
+    for name, kind in KINDS.items()
+    for case in CASES
+    if not (kind.vanishes and case.cosine is not None)  # zero has no direction to compare a biased method with
+]
 
 
-def pairs() -> list:
-    return [
-        pytest.param(
-            case,
-            kind,
-            id=f"{case.name}-{name}",
-            marks=[pytest.mark.slow] if case.name in EVERY_CALL_A_STEP and name not in SHORT else [],
-        )
-        for name, kind in KINDS.items()
-        for case in CASES
-    ]
-
-
-@pytest.mark.parametrize(("case", "kind"), pairs())
+@pytest.mark.parametrize(("case", "kind"), PAIRS)
 def test_kind(case: Case, kind: Kind):
     comparison = Comparison()
     comparison.backend, comparison.accuracy, comparison.calls = case.backend, case.accuracy, case.calls
@@ -236,7 +233,7 @@ def test_kind(case: Case, kind: Kind):
 def check_through_training(comparison: Comparison, problem: hi.BilevelProblem, *, differenced: bool) -> None:
     batches = [TRAINING] * STEPS
     expected = differences_of_training(problem) if differenced else unrolled_hypergradient(problem, batches, VALIDATION)
-    assert float(flatten(expected).norm()) > 1e-3
+    assert norm(expected) > 1e-3
     result = comparison.compute(problem, batches, VALIDATION)
     comparison.agree(result.gradients, expected, least=1e-7 if differenced else 0.0)
     assert not result.status.failed
@@ -250,21 +247,19 @@ def check_refusal(case: Case, problem: hi.BilevelProblem) -> None:
 
 
 def check_at_minimum(comparison: Comparison, problem: hi.BilevelProblem, kind: Kind, bound: float | None) -> None:
-    if kind.vanishes and comparison.cosine is not None:
-        pytest.skip("zero has no direction that a biased method could be compared with")
     assert train_to_minimum(problem, [TRAINING]) < 1e-11
+    result = comparison.compute(problem, [TRAINING], VALIDATION)
+    assert not result.status.failed
+    if kind.vanishes:
+        _, _, direct = validation_gradients(problem, VALIDATION)
+        assert norm(result.gradients) <= comparison.accuracy * norm(direct)
+        return
     expected = implicit_hypergradient(problem, [TRAINING], VALIDATION)
-    assert (float(flatten(expected).norm()) > 1e-3) is not kind.vanishes
+    assert norm(expected) > 1e-3
     if bound is not None:
         assert comparison.cosine is not None and 0.0 <= bound < comparison.cosine
         comparison.cosine = bound
-    result = comparison.compute(problem, [TRAINING], VALIDATION)
-    MEASURED.append((comparison.backend, cosine(result.gradients, expected)))
     comparison.agree(result.gradients, expected)
-    assert not result.status.failed
-
-
-MEASURED: list = []
 
 
 def differences_of_training(problem: hi.BilevelProblem) -> Params:
@@ -282,6 +277,6 @@ def differences_of_training(problem: hi.BilevelProblem) -> Params:
             optimizer.zero_grad()
             (half_mean_square(model, TRAINING) + decay(model)).backward()
             optimizer.step()
-        return float(half_mean_square(model, VALIDATION))
+        return half_mean_square(model, VALIDATION).item()
 
     return finite_differences(value, problem.hparams)

@@ -336,10 +336,14 @@ class LogDecays(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.log_decay = nn.Parameter(torch.full((4,), -1.0, dtype=torch.float64))
-        self.lowest = [bottom()]  # in a list, so that its weights are none of this module's
+        self.lowest = bottom()
+        self.last = None
 
     def forward(self, order: int) -> torch.Tensor:
-        return minimizer(self.lowest[0], {"decay": self.log_decay.exp()}, [SIGNS], order=order)["weight"]
+        decay = self.log_decay.exp()
+        w = minimizer(self.lowest, {"decay": decay}, [SIGNS], order=order, start=self.last)
+        self.last = {name: p.detach() for name, p in w.items()}
+        return w["weight"]
 
 
 def three_levels(order: int = 2) -> hi.BilevelProblem:

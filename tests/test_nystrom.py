@@ -205,3 +205,11 @@ def test_damping_must_be_positive():
     message = r"^Nystrom option 'damping': input should be greater than 0; got 0.0\.$"
     with pytest.raises(hi.BackendError, match=message):
         Nystrom(damping=0.0)
+
+
+def test_a_tiny_damping_does_not_blow_up_rounding():
+    """Of v − QQᵀv only rounding is left here, and dividing it by ρ must leave no part in the range of H."""
+    matrix = with_spectrum([5.0, 3.0, 2.0, 1.0, *[0.0] * 8])
+    vector = {"weight": matrix @ torch.linspace(-1.0, 1.0, 12, dtype=torch.float64)}
+    solution, _ = solve(Nystrom(rank=6, damping=1e-10), matrix, vector)
+    assert solution.residual < 1e-11

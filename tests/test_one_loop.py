@@ -147,6 +147,18 @@ def test_amigo_takes_the_batches_in_turn():
         state = result.state
 
 
+def test_training_loss_is_averaged_over_the_looks():
+    """One look a product, the first batch again in the fourth."""
+    problem = ridge()
+    batches = [tuple(x[rows] for x in TRAINING) for rows in (slice(0, 4), slice(4, 9), slice(9, 16))]
+    losses = [problem.training_loss(batch).item() for batch in batches]
+    for steps, looks in ((1, losses[:2]), (3, [*losses, losses[0]])):
+        result = hi.hypergradient(
+            problem, Amigo(step_size=0.1, steps=steps), training_batches=batches, validation_batch=VALIDATION
+        )
+        assert result.training_loss == pytest.approx(sum(looks) / len(looks), rel=1e-12)
+
+
 def soba_noise(rho: float, calls: int = 3000) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean of u − A⁻¹v over a stream of random batches, with its standard error, and the variance."""
     data, state, seen = mixture(batches=8, noise=0.3), {}, []

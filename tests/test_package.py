@@ -156,6 +156,7 @@ LAYERS = [
     {"data", "hyperparameters", "knobs"},
     {"backend"},
     {
+        "binding",
         "problem",
         "operators",
         "gauss_newton",

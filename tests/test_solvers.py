@@ -9,7 +9,7 @@ import torch
 
 import hyperopt_implicit as hi
 from hyperopt_implicit.backend import Status
-from hyperopt_implicit.testing.specimens import quadratic_problem
+from hyperopt_implicit.testing.specimens import Linear, quadratic_problem
 from hyperopt_implicit_backends import ConjugateGradient, Exact, Neumann
 
 from .matrices import (
@@ -417,3 +417,21 @@ def test_neumann_without_the_last_product_still_gives_up_and_converges():
     assert (solution.residual, products) == (same.residual, as_many)
     assert solve(Neumann(step_size=0.6, **options), POSITIVE, VECTOR)[0].status is Status.DIVERGED
     assert solve(Neumann(step_size=0.2, **options), INDEFINITE, VECTOR)[0].status is Status.NEGATIVE_CURVATURE
+
+
+def test_mixed_derivative_that_is_not_finite():
+    """√shift has no slope at zero: H and v are sound, and ∂²L/∂λ∂w is infinite."""
+
+    @hi.hyperparameter("shift", init=0.0)
+    def training_loss(model, batch, *, shift):
+        return 0.5 * model.weight.square().sum() + shift.sqrt() * model.weight.sum()
+
+    problem = hi.BilevelProblem(
+        Linear(3),
+        training_loss,
+        lambda model, batch: 0.5 * (model.weight - 1.0).square().sum(),
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+    )
+    result = Exact().hypergradient(problem, [None], None, {})
+    assert result.status is Status.NON_FINITE
+    assert not torch.isfinite(result.gradients["shift"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hyperopt_implicit.backend import Status
 from hyperopt_implicit_backends.stocbio import StocBio
 
 from .matrices import assert_residual_is_true, basis, flat, right_hand_side, solve, spread, with_spectrum
@@ -69,3 +70,12 @@ def test_unbiased_for_the_series_of_the_average():
     z = (found.mean(0) - expected) / (found.std(0) / 300**0.5)
     assert z.abs().max() < 4
     assert float((found.std(0) / 300**0.5).norm()) < 0.05 * float(expected.norm())
+
+
+def test_ends_where_a_factor_has_grown_tenfold():
+    """Factors (1 − ρλ)^k v: with ρλ = 5 the second is 16 times v, and no more products are spent than its residual."""
+    matrix = 5.0 * torch.eye(12, dtype=torch.float64)
+    solution, products = solve(StocBio(terms=50, step_size=1.0), matrix, right_hand_side(12))
+    assert solution.status is Status.DIVERGED
+    assert (solution.iterations, products) == (2, 3)
+    assert not flat(solution.value).any()
