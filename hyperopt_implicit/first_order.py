@@ -184,7 +184,7 @@ def step_sizes(problem: BilevelProblem, step_size: float | str) -> dict[str, flo
     Negative where the inner optimizer climbs (``maximize=True``).
     """
     found = {}
-    for group, names in parameter_groups(problem):
+    for group, names in problem.parameter_groups:
         size = float(group["lr"]) if isinstance(step_size, str) else step_size
         found.update(dict.fromkeys(names, -size if group.get("maximize") else size))
     return found
@@ -208,14 +208,6 @@ def scaled(x: Params, factors: dict[str, float]) -> Params:
     return {name: factors[name] * tensor for name, tensor in x.items()}
 
 
-def parameter_groups(problem: BilevelProblem) -> list[tuple[dict[str, Any], list[str]]]:
-    """The inner optimizer's groups with the names of the parameters in each."""
-    names = {id(p): name for name, p in problem.params.items()}
-    return [
-        (group, [names[id(p)] for p in group["params"] if id(p) in names]) for group in problem.optimizer.param_groups
-    ]
-
-
 def update_adjoint(problem: BilevelProblem, weights: Params, gradient: Derivatives, vector: Params) -> Params:
     """(∂Φ/∂g)ᵀ·vector, where w ← w − Φ(g) is the inner optimizer's next update and g the gradient that it is given.
 
@@ -224,7 +216,7 @@ def update_adjoint(problem: BilevelProblem, weights: Params, gradient: Derivativ
     rule = update_rule(problem.optimizer)
     params = problem.params
     adjoint = zeros_like(vector)
-    for group, held in parameter_groups(problem):
+    for group, held in problem.parameter_groups:
         names = [name for name in held if name in gradient.used]
         if not names:
             continue

@@ -71,11 +71,9 @@ class InnerSteps:
     def __init__(self, problem: BilevelProblem) -> None:
         self.problem = problem
         self._rule = update_rule(problem.optimizer)
-        names = {id(p): name for name, p in problem.params.items()}
         self._groups = [
-            ({key: x for key, x in group.items() if key != "params"}, [names[id(p)] for p in held if id(p) in names])
-            for group in problem.optimizer.param_groups
-            for held in (group["params"],)
+            ({key: x for key, x in group.items() if key != "params"}, names)
+            for group, names in problem.parameter_groups
         ]
 
     def start(self) -> Iterate:

@@ -144,19 +144,25 @@ class BilevelProblem:
         return self.hyperparameters.unconstrained()
 
     @property
+    def parameter_groups(self) -> list[tuple[dict[str, Any], list[str]]]:
+        """The inner optimizer's groups, each with the names of the parameters of w that it holds."""
+        names = {id(p): name for name, p in self._params.items()}
+        return [
+            (group, [names[id(p)] for p in group["params"] if id(p) in names]) for group in self.optimizer.param_groups
+        ]
+
+    @property
     def weight_decays(self) -> dict[str, float]:
         """What the inner optimizer adds to ∂L/∂w, by parameter, as a multiple of w; those without are left out.
 
         A decay that is coupled to the gradient (all of torch.optim's but AdamW's) moves the minimum as a term of L
         would.
         """
-        names = {id(p): name for name, p in self._params.items()}
         return {
-            names[id(p)]: float(group["weight_decay"]) * (-1.0 if group.get("maximize") else 1.0)
-            for group in self.optimizer.param_groups
+            name: float(group["weight_decay"]) * (-1.0 if group.get("maximize") else 1.0)
+            for group, names in self.parameter_groups
             if group.get("weight_decay") and not group.get("decoupled_weight_decay")
-            for p in group["params"]
-            if id(p) in names
+            for name in names
         }
 
     @property

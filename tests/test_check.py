@@ -109,6 +109,7 @@ def test_slopes_are_extrapolated_from_the_steps_that_agree_best():
 def test_decay_of_the_optimizer_is_a_part_of_the_inner_problem():
     """The minimum is that of L + ½·weight_decay·‖w‖², and so are the differences and the theorem there."""
     problem = ridge(solved=False, optimizer=lambda params: torch.optim.SGD(params, lr=0.1, weight_decay=0.5))
+    problem.training_data = [TRAINING]
     report = hi.check(problem, "exact", warmup_steps=500)
     assert report.ok, report
     assert report.measured.minimum.solved
@@ -124,6 +125,7 @@ def test_decay_of_the_optimizer_where_minima_are_found_with_first_derivatives():
         extra=lambda model: 0.1 * torch.cdist(model.weight[None], place).sum(),
         optimizer=lambda params: torch.optim.SGD(params, lr=0.1, weight_decay=0.5),
     )
+    problem.training_data = [TRAINING]
     report = hi.check(problem, {"name": "f2sa", "penalty": 1e4, "steps": 200, "step_size": "auto"}, warmup_steps=500)
     assert report.measured.minimum.solved, report
     assert report.relative_error < 0.01, report

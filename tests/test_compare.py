@@ -155,7 +155,7 @@ def test_without_second_derivatives_errors_stay_open():
     assert all(math.isnan(row.error) and math.isnan(row.cosine) for row in found.rows)
     for line in str(found).splitlines()[1:3]:
         assert line.split()[2:4] == ["–", "–"]
-    assert len(found.figure().axes[0].texts) == 0
+    assert len(found.figure().axes[0].collections) == 0
 
 
 # ----------------------------------------------------------------------------------------------------- what is left out
@@ -272,10 +272,13 @@ def test_table_shows_every_row_sorted_by_error(everything):
 
 
 def test_figure_names_every_row_where_it_is(everything):
-    (ax,) = (ax for ax in everything.figure().axes if ax.get_visible())
-    found = {text.get_text(): text.xy for text in ax.texts}
-    assert len(ax.texts) == len(everything.rows)
+    figure = everything.figure()
+    (ax,) = (ax for ax in figure.axes if ax.get_visible())
+    found = {dots.get_label(): tuple(dots.get_offsets()[0]) for dots in ax.collections}
+    assert len(ax.collections) == len(everything.rows)
     assert found == {row.name: (1e3 * row.seconds, max(row.error, 1e-16)) for row in everything.rows}
+    (legend,) = figure.legends
+    assert sorted(text.get_text() for text in legend.get_texts()) == sorted(found)
     assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
 
 

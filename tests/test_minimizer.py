@@ -293,7 +293,7 @@ def test_minimum_that_is_not_reached():
 
 
 @pytest.mark.parametrize("dense", [True, False], ids=["factorised", "conjugate gradients"])
-@pytest.mark.parametrize("curvature", [0.0, -1.0], ids=["flat", "saddle"])
+@pytest.mark.parametrize("curvature", [0.0, 1e-17, -1.0], ids=["flat", "flat to rounding", "saddle"])
 def test_minimum_that_is_none(dense, curvature, monkeypatch):
     """A stationary point where L is flat along one direction, or curves downwards."""
     monkeypatch.setattr(MODULE, "_DENSE", 1000 if dense else 0)

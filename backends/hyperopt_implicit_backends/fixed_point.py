@@ -211,7 +211,6 @@ def _updates(problem: BilevelProblem) -> dict[str, _Update]:
         BackendError: the optimizer's preconditioner is not known yet.
     """
     optimizer = problem.optimizer
-    names = {id(p): name for name, p in problem.params.items()}
     keeps_state = type(optimizer) is not torch.optim.SGD
     if keeps_state and not any(optimizer.state.get(p) for p in problem.params.values()):
         raise BackendError(
@@ -220,13 +219,11 @@ def _updates(problem: BilevelProblem) -> dict[str, _Update]:
             "'neumann'."
         )
     found = {}
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if id(p) not in names:
-                continue
-            state = optimizer.state.get(p, {})
+    for group, names in problem.parameter_groups:
+        for name in names:
+            state = optimizer.state.get(problem.params[name], {})
             update = _MAPS[type(optimizer)](group, state) if state or not keeps_state else _Update(rate=0.0)
             if group.get("maximize"):
                 update = _Update(-update.rate, update.momentum, update.newest, update.nesterov)
-            found[names[id(p)]] = update
+            found[name] = update
     return found

@@ -67,12 +67,10 @@ class Identity(ImplicitBackend):
     def solver(self, problem: BilevelProblem) -> Solve:
         if self.step_size != "lr":
             return self.solve
-        names = {id(p): name for name, p in problem.params.items()}
         rates = {
-            names[id(p)]: float(group["lr"]) * (-1.0 if group.get("maximize") else 1.0)
-            for group in problem.optimizer.param_groups
-            for p in group["params"]
-            if id(p) in names
+            name: float(group["lr"]) * (-1.0 if group.get("maximize") else 1.0)
+            for group, names in problem.parameter_groups
+            for name in names
         }
         return lambda operator, vector, state: self._scaled(operator, vector, state, rates)
 
