@@ -29,7 +29,11 @@ cases beside the middle's. The centre of all priors starts at the best single de
 Decays are tuned from there by the same number of steps, and for the decays found, the bottom is solved to its minimum.
 Settings were chosen on seeds 100 to 104; those reported are 0 to 4.
 
-RESULT
+What came of it, in test loss: three levels 0.131, fixed prior 0.124, grid of priors 0.137, one decay 0.152, no prior
+0.362. That there is a prior is what counts. Tuning it by its gradient beats the grid, which spends the same cases; it
+does NOT beat the fixed prior that it starts from: the difference is within two standard errors, and in the latter's
+favour. Two numbers chosen by 60 cases are not worth more than a good guess here. The middle's loss is not convex
+either: where its descent has not arrived at a minimum, the run warns of negative curvature.
 
     python examples/three_levels.py [--seeds 5] [--first-seed 0] [--quick] [--no-tracking]
     hyperopt-implicit run examples/three_levels.py --backend cg

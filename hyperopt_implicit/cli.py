@@ -213,7 +213,7 @@ def check_command(
         built, chosen, inner_steps=inner_steps, warmup_steps=warmup_steps, tolerance=tolerance, seed=seed or 0
     )
     for each in report.renderables():
-        out.print(each, highlight=False)
+        _wide().print(each, highlight=False)
     if not report.ok:
         raise typer.Exit(1)
 
@@ -253,7 +253,7 @@ def compare_command(
         seed=seed or 0,
         tracking=not no_tracking and Tracking(tracking_uri, experiment, run_name),
     )
-    out.print(found.table(), highlight=False)
+    _wide().print(found.table(), highlight=False)
     out.print(escape(found.legend()), soft_wrap=True, highlight=False)
     if figure is not None:
         found.figure().savefig(figure, dpi=120)
@@ -365,6 +365,11 @@ def _on_device(builder: Any, device: str) -> Any:
 
     moved.__knobs__ = knobs_of(builder)  # type: ignore[attr-defined]
     return moved
+
+
+def _wide() -> Console:
+    """A console on which a report keeps its columns: lines longer than the terminal are left to it."""
+    return Console(width=max(out.width, 110), soft_wrap=False)
 
 
 def _number(value: Any) -> str:
