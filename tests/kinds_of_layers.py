@@ -1,4 +1,4 @@
-"""The networks, losses and engines of the coverage table, and what each product is compared with: finite differences."""
+"""The networks, losses and engines of the coverage table; each product is compared with finite differences."""
 
 from __future__ import annotations
 

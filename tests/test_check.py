@@ -517,3 +517,25 @@ def test_copies_are_independent():
     )
     assert all(torch.equal(before[name], p) for name, p in problem.params.items())
     assert set(other.optimizer.param_groups[0]["params"]) == set(other.params.values())
+
+
+def test_validation_loss_is_averaged_over_batches():
+    """F of two batches is their mean: so is the hypergradient, and so are its differences."""
+    problem = ridge()
+    report = hi.check(problem, "exact", validation_batches=[VALIDATION, SECOND])
+    single = [hi.check(problem, "exact", validation_batches=[batch]) for batch in (VALIDATION, SECOND)]
+    mean = sum(each.measured.result.gradients["decay"] for each in single) / 2.0
+    assert torch.allclose(report.measured.result.gradients["decay"], mean, rtol=1e-12)
+    slopes = [each.measured.slopes[0].value for each in single]
+    assert report.measured.slopes[0].value == pytest.approx(sum(slopes) / 2.0, rel=1e-6)
+
+
+def test_validation_loss_that_draws_is_held_still():
+    def noisy(model, batch):
+        x, y = batch
+        return half_mean_square(model, (x + 0.5 * torch.randn_like(x), y))
+
+    problem = ridge_problem(decay=0.3, validation_loss=noisy)
+    train_to_minimum(problem, [TRAINING])
+    report = hi.check(problem, "exact", training_batches=[TRAINING], validation_batches=[VALIDATION])
+    assert report.ok and report.parts["the losses' own derivatives"] < 1e-6, report

@@ -228,6 +228,16 @@ def test_auxiliary_learning_stands_on_the_core_and_below_the_loop() -> None:
         assert path.stem == "__init__" or not any("hyperopt_implicit.auxiliary" in each for each in used), path.name
 
 
+def test_diagnostics_stand_on_the_core_and_only_the_command_line_on_them() -> None:
+    above = {"outer_loop", "optimize", "search", "sender", "loading", "cli"}
+    for path in files(CORE / "diagnostics"):
+        used = {each.split(".")[1] for each in imports(path) if each.startswith("hyperopt_implicit.")}
+        assert used & above == set(), path.name
+    for path in CORE.glob("*.py"):
+        uses = any("hyperopt_implicit.diagnostics" in each for each in imports(path))
+        assert not uses or path.stem in ("__init__", "cli"), path.name
+
+
 def test_public_names_of_auxiliary_learning() -> None:
     modules = {path.stem for path in AUXILIARY.glob("*.py")}
     assert sorted(hi.auxiliary.__all__) == hi.auxiliary.__all__

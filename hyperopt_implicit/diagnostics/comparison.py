@@ -157,7 +157,8 @@ class Comparison:
         ax.set_ylabel("relative error")
         ax.set_title("round: against the theorem; square: against all training steps", fontsize="medium")
         ax.grid(alpha=0.3)
-        figure.legend(loc="outside right upper", fontsize="small")
+        if known:
+            figure.legend(loc="outside right upper", fontsize="small")
         return figure
 
     def write_csv(self, path: Path) -> None:

@@ -134,7 +134,7 @@ class Twin:
             loss = mean_training_loss(self.problem, self.problem.params, self.problem.hparams, self.training)
         decays = self.problem.weight_decays
         return float(loss) + sum(
-            0.5 * d * float(self.problem.params[name].square().sum()) for name, d in decays.items()
+            0.5 * d * float(self.problem.params[name].detach().square().sum()) for name, d in decays.items()
         )
 
     def is_twice_differentiable(self) -> bool:

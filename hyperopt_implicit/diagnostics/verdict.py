@@ -134,7 +134,7 @@ def _another_number(found: Measurements, tolerance: float) -> Finding | None:
             "F depends on a hyperparameter itself, not only through the weights; the backend must add ∂F/∂λ.",
         )
     through, wanted = add(mine, direct, -1.0), add(target, direct, -1.0)
-    if norm(through) <= _ALIKE * norm(wanted):
+    if norm(through) <= _ALIKE * norm(wanted) and not _explained_by_truncation(found, 1.0):
         return (
             f"{_name(found)} gives ∂F/∂λ alone: what F gains by way of the weights is missing.",
             "Is the gradient of L with respect to the weights connected to the hyperparameters?",
