@@ -133,7 +133,7 @@ BACKENDS: dict[str, Refusal] = {
         hi.BackendError,
         "'lr' is a hyperparameter of the inner optimizer, and a stationary point does not depend on how it was "
         "reached: backend ConjugateGradient would see a zero gradient. Use a backend that differentiates through "
-        "training ('unrolled'), or make it a knob.",
+        "training ('evolution', 'forward', 'forward_gradient', 'unrolled'), or make it a knob.",
     ),
     "too many parameters for the dense one": (
         lambda model: run(model, backend={"name": "exact", "max_parameters": 10}),
@@ -202,9 +202,9 @@ LOSSES: dict[str, Refusal] = {
         lambda model: run(Bag(model)),
         hi.SecondDerivativeError,
         "this backend differentiates the training loss twice, and operator 'embedding_bag' in module 'table' "
-        "(EmbeddingBag) has no second derivative. Replace it by an equivalent that has one, or use a backend that "
-        "does without (none of those installed does). (torch says: the derivative for '_embedding_bag_backward' is not "
-        "implemented.)",
+        "(EmbeddingBag), line N of test_bad_runs.py, has no second derivative. Replace it by an equivalent that has "
+        "one, or use a backend that does without ('bome', 'evolution', 'f2sa', 'finite_difference', 'sama'). (torch "
+        "says: the derivative for '_embedding_bag_backward' is not implemented.)",
     ),
 }
 
