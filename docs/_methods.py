@@ -16,7 +16,7 @@ from hyperopt_implicit.backend_page import CARD_ROWS, card_rows
 MARK = "<!-- methods -->"
 FAMILIES = {
     "implicit": "Implicit: solve A u = v at the present weights",
-    "one-loop": "One-loop: carry u from outer step to outer step",
+    "one-loop": "One-loop and stochastic: carry u from outer step to outer step, or sample its batches",
     "unrolled": "Through training: differentiate the steps taken",
     "first-order": "First-order: no second derivative of the training loss",
 }

@@ -184,11 +184,17 @@ class Backend(ABC):
         """
         hidden = problem.hyperparameters.names("optimizer")
         if hidden and self.differentiates == "solution":
+            through = _names_where(lambda b: b.differentiates == "trajectory")
+            if hidden[0] == "weight_decay":
+                raise BackendError(
+                    f"'weight_decay' is a hyperparameter of the inner optimizer, and backend {type(self).__name__} "
+                    "differentiates the losses only: it would see a zero gradient. Put the decay into the training "
+                    f"loss, as a term of it, or use a backend that differentiates through training ({through})."
+                )
             raise BackendError(
                 f"{hidden[0]!r} is a hyperparameter of the inner optimizer, and a stationary point does not depend on "
                 f"how it was reached: backend {type(self).__name__} would see a zero gradient. Use a backend that "
-                f"differentiates through training ({_names_where(lambda b: b.differentiates == 'trajectory')}), or "
-                "make it a knob."
+                f"differentiates through training ({through}), or make it a knob."
             )
 
     def check_steps(self, steps: int) -> None:  # noqa: B027  (most methods take any number)
@@ -306,3 +312,8 @@ def _names_where(condition: Any) -> str:
 def backends_without_second_derivative() -> str:
     """The names of installed backends that need no second derivative, as prose."""
     return _names_where(lambda backend: not backend.needs_second_derivative)
+
+
+def backends_without_validation_gradient() -> str:
+    """The names of installed backends that need no gradient of the validation loss, as prose."""
+    return _names_where(lambda backend: not backend.needs_validation_gradient)

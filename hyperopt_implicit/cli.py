@@ -369,7 +369,7 @@ def _on_device(builder: Any, device: str) -> Any:
 
 def _wide() -> Console:
     """A console on which a report keeps its columns: lines longer than the terminal are left to it."""
-    return Console(width=max(out.width, 110), soft_wrap=False)
+    return Console(width=max(out.width, 130), soft_wrap=False)
 
 
 def _number(value: Any) -> str:

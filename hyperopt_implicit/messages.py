@@ -23,7 +23,9 @@ def warn(text: str) -> None:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """``' Did you mean 'neumann'?'``, or nothing where no known name is near."""
-    matches = difflib.get_close_matches(name, list(known), n=2, cutoff=0.6)
+    by_lower_case = {each.lower(): each for each in known}
+    found = difflib.get_close_matches(name.lower(), list(by_lower_case), n=2, cutoff=0.6)
+    matches = [by_lower_case[each] for each in found]
     return f" Did you mean {' or '.join(map(repr, matches))}?" if matches else ""
 
 

@@ -18,6 +18,7 @@ from hyperopt_implicit.errors import HyperoptError
 from hyperopt_implicit.guarded_step import OnFailure
 from hyperopt_implicit.history import Callback, Result
 from hyperopt_implicit.hyper_optimizer import HyperOptimizer
+from hyperopt_implicit.messages import warn
 from hyperopt_implicit.outer_loop import OuterLoop, Run
 from hyperopt_implicit.problem import BilevelProblem
 from hyperopt_implicit.progress import ProgressBar
@@ -130,6 +131,8 @@ def optimize(
     outer = HyperOptimizer(problem, outer_optimizer, backend=backend, clip=clip, on_failure=on_failure, **lr)
     through_training = outer.backend.differentiates == "trajectory"
     outer.backend.check_steps(inner_steps if through_training else hessian_batches)
+    if not through_training:
+        _warn_of_batches_left_out(problem.training_data, warmup_steps, inner_steps, hessian_batches)
     described = {**options, "outer_optimizer": type(outer.optimizer).__name__}
     described["outer_lr"] = outer.optimizer.param_groups[0].get("lr")  # a callable has its own
     with _seeded(seed, problem.device):
@@ -176,6 +179,25 @@ def optimize(
         result.run_id, result.run_link = tracker.run_id, tracker.run_link
         tracker.close(result)
     return result
+
+
+def _warn_of_batches_left_out(data: object, warmup_steps: int, inner_steps: int, hessian_batches: int) -> None:
+    """Inner steps and hypergradients take turns on one stream: on a list, each may meet some of the batches only."""
+    if not isinstance(data, list | tuple):
+        return
+    period = inner_steps + hessian_batches
+    common = math.gcd(len(data), period)  # a place is only ever met again at places that differ by a multiple of it
+    trained = {(warmup_steps + i) % common for i in range(inner_steps)}
+    differentiated = {(warmup_steps + inner_steps + i) % common for i in range(hessian_batches)}
+    counts = [len({id(x) for i, x in enumerate(data) if i % common in met}) for met in (trained, differentiated)]
+    every = len({id(x) for x in data})
+    if min(counts) < every:
+        warn(
+            f"training_data is a list of {len(data)} batches that is read in turn, and an outer step takes {period} of "
+            f"them (inner_steps + hessian_batches): of {every} different batches, training only ever sees {counts[0]} "
+            f"and the hypergradient {counts[1]}. Choose inner_steps so that the sum has no factor in common with "
+            f"{len(data)}, or pass a DataLoader with shuffle=True."
+        )
 
 
 @contextmanager

@@ -20,7 +20,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hyperopt_implicit.backend import Backend, backends_without_second_derivative
+from hyperopt_implicit.backend import (
+    Backend,
+    backends_without_second_derivative,
+    backends_without_validation_gradient,
+)
 from hyperopt_implicit.errors import HyperoptError, LossError, ProblemError, SecondDerivativeError
 from hyperopt_implicit.messages import first_line, warn
 from hyperopt_implicit.operators import twice_differentiable, undifferentiable_operator
@@ -56,6 +60,8 @@ def preflight(problem: BilevelProblem, backend: Backend, training_batch: Any, va
         _check_number(validation if backend.needs_validation_gradient else validation.double(), "validation_loss")
         gradient = _check_graph(training, params)
         direct = _grads([validation], hparams) if validation.requires_grad else [None] * len(hparams)
+        if backend.needs_validation_gradient:
+            _check_validation_graph(validation, params, direct)
         mixed: Sequence[Tensor | None] = [None] * len(hparams)
         if backend.needs_second_derivative:
             mixed = _try_second_derivative(problem, params, hparams, gradient, training_batch)
@@ -120,6 +126,16 @@ def _check_graph(loss: Tensor, params: Params) -> list[Tensor]:
     if all(g is None for g in gradient):
         raise missing
     return [g for g in gradient if g is not None]
+
+
+def _check_validation_graph(loss: Tensor, params: Params, direct: Sequence[Tensor | None]) -> None:
+    connected = loss.requires_grad and any(g is not None for g in [*_grads([loss], params), *direct])
+    if not connected:
+        raise LossError(
+            "validation_loss must depend on the model's parameters, or on a hyperparameter; its result has no graph to "
+            "any of them, and every hypergradient would be zero. Look for .detach(), .item() or torch.no_grad() in it. "
+            f"A metric without a gradient needs a backend that does without ({backends_without_validation_gradient()})."
+        )
 
 
 def _grads(outputs: list[Tensor], inputs: Params, *, create_graph: bool = False) -> Sequence[Tensor | None]:

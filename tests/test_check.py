@@ -539,3 +539,16 @@ def test_validation_loss_that_draws_is_held_still():
     train_to_minimum(problem, [TRAINING])
     report = hi.check(problem, "exact", training_batches=[TRAINING], validation_batches=[VALIDATION])
     assert report.ok and report.parts["the losses' own derivatives"] < 1e-6, report
+
+
+@pytest.mark.parametrize("hide", [torch.Tensor.detach, lambda loss: torch.tensor(loss.item())], ids=["detach", "item"])
+def test_validation_loss_without_a_graph_is_refused(hide):
+    """Every gradient would be zero, and equal to every other."""
+    problem = ridge_problem(validation_loss=lambda model, batch: hide(half_mean_square(model, batch)))
+    with pytest.raises(hi.LossError) as caught:
+        hi.check(problem, "cg", training_batches=[TRAINING], validation_batches=[VALIDATION])
+    assert str(caught.value) == (
+        "validation_loss must depend on the model's parameters, or on a hyperparameter; its result has no graph to any "
+        "of them, and every hypergradient would be zero. Look for .detach(), .item() or torch.no_grad() in it. A "
+        "metric without a gradient needs a backend that does without ('evolution')."
+    )

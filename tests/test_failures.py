@@ -103,6 +103,7 @@ def test_bad_outer_steps_are_skipped_counted_and_left_behind(
     assert not torch.equal(weights[5], weights[2])
 
 
+@pytest.mark.filterwarnings("ignore:training_data is a list")
 def test_one_bad_training_batch_is_left_out() -> None:
     x, y = TRAINING
     problem = ridge(training_data=[TRAINING, (x * NAN, y), TRAINING, TRAINING])
@@ -114,6 +115,7 @@ def test_one_bad_training_batch_is_left_out() -> None:
     assert result.hyperparameters["decay"] == clean.hyperparameters["decay"]
 
 
+@pytest.mark.filterwarnings("ignore:training_data is a list")
 def test_bad_batch_does_not_stay_in_running_statistics() -> None:
     x, y = TRAINING
     model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1), nn.Flatten(0)).double()

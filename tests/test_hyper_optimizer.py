@@ -35,6 +35,7 @@ def own_loop(problem: hi.BilevelProblem, outer: hi.HyperOptimizer, steps: int) -
         outer.step(HALVES[1], VALIDATION)
 
 
+@pytest.mark.filterwarnings("ignore:training_data is a list")
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)
 def test_own_loop_equals_optimize(backend: Any) -> None:
     problem = momentum_ridge()

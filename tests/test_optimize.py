@@ -370,3 +370,47 @@ def test_best_model_is_the_one_whose_loss_was_lowest(backend: str) -> None:
 
 def test_best_model_is_not_kept_unless_asked_for() -> None:
     assert optimize(ridge()).best_model_state is None
+
+
+@pytest.mark.parametrize(
+    ("batches", "steps", "warmup", "seen"),
+    [
+        (4, {"inner_steps": 1}, 0, (2, 2)),
+        (2, {"inner_steps": 1}, 3, (1, 1)),
+        (4, {"inner_steps": 3}, 0, (3, 1)),
+        (6, {"inner_steps": 2, "hessian_batches": 2}, 1, None),  # two in common, and two of each
+        (4, {"inner_steps": 2}, 0, None),
+        (1, {"inner_steps": 3}, 0, None),
+    ],
+)
+def test_batches_that_are_never_met(batches, steps, warmup, seen):
+    """A list is read in turn by inner steps and hypergradients: what the warning says is what is really met."""
+    data = [(TRAINING[0].clone(), TRAINING[1].clone()) for _ in range(batches)]
+    met: dict[str, set[int]] = {"train": set(), "differentiate": set()}
+    problem = ridge(training_data=data)
+    options = {"outer_steps": 12, "warmup_steps": warmup, "tracking": False, **steps}
+    real_training, real_functional = problem.training_loss, problem.functional_training_loss
+
+    def place(batch):
+        return next(i for i, each in enumerate(data) if each[0] is batch[0])
+
+    def training_loss(batch, values=None):
+        met["train"].add(place(batch))
+        return real_training(batch, values)
+
+    def functional(params, hparams, batch, buffers=None):
+        met["differentiate"].add(place(batch))
+        return real_functional(params, hparams, batch, buffers)
+
+    problem.training_loss, problem.functional_training_loss = training_loss, functional
+    if seen is None:
+        hi.optimize(problem, "exact", **options)
+        assert met["train"] == set(range(batches))
+        return
+    with pytest.warns(hi.HyperoptWarning) as caught:
+        hi.optimize(problem, "exact", **options)
+    (said,) = [str(w.message) for w in caught if "training_data is a list" in str(w.message)]
+    assert f"of {batches} different batches, training only ever sees {seen[0]} and the hypergradient {seen[1]}." in said
+    late = len(met["differentiate"]) - seen[1]  # the check before training looks at one batch as well
+    assert late in (0, 1)
+    assert len(met["train"]) - seen[0] in (0, 1, 2)  # so does the warm-up

@@ -81,10 +81,10 @@ class Bome(Backend):
 
     card: ClassVar[Card] = Card(
         family="first-order",
-        gives="a descent direction of F that closes the gap in L; biased at fixed λ",
+        gives="a direction along F that closes the gap in L; mostly one of descent, biased at fixed λ",
         cost="K + 2 gradients of L (K = steps)",
         memory="12",
-        conditions="step below 2/(κ λ_max); many calls, λ moving slowly",
+        conditions="step below 2/λ_max and 2/(κ λ_max); many calls, λ moving slowly",
         use="operators without a second derivative, no penalty to choose",
         paper="Liu, Ye, Wright, Stone, Liu 2022",
     )

@@ -20,8 +20,8 @@ _NULL = 8  # curvature, in units of rounding, that cannot be told from none
 class ConjugateGradient(ImplicitBackend):
     """Conjugate gradients: the most accuracy for a given number of products where the Hessian is positive definite.
 
-    The error falls at least as fast as 2·((√κ − 1)/(√κ + 1))^k with κ the condition number, and
-    reaches zero after as many products as A has distinct eigenvalues. With ``warm_start`` it begins at the last
+    The error in the A-norm falls at least as fast as 2·((√κ − 1)/(√κ + 1))^k with κ the condition number, and reaches
+    zero after as many products as A has distinct eigenvalues. With ``warm_start`` it begins at the last
     outer step's solution, which halves the products or better once training has settled.
 
     A direction p with ⟨p, Ap⟩ < 0 ends it: the iterate reached so far is returned with status ``negative curvature``,

@@ -56,7 +56,7 @@ class Evolution(Backend):
     beside the model's, and the endpoint. Of orthonormal directions no more than m are taken.
 
     Departs from the papers: Salimans et al. and Metz et al. draw Gaussian directions; orthonormal ones, by default
-    here, have less variance and no other mean.
+    here, have less variance and the same mean up to order σ².
 
     References:
         Salimans et al., "Evolution Strategies as a Scalable Alternative to Reinforcement Learning", 2017,

@@ -60,9 +60,10 @@ class F2SA(Backend):
 
     y starts at w in the first call and is carried from then on; a call makes ``steps`` steps on the batches that it is
     given, averaged. The residual is ‖∂L/∂w(y) + ∂F/∂w(y)/σ‖·σ/‖∂F/∂w(y)‖: how far y is from its minimum, 1 where y = w
-    at a minimum of L. For quadratic losses and w at its minimum it is ‖Au − v‖/‖v‖ for u = σ(w − y) and A the matrix
-    above. The status is ``converged`` where it has fallen to ``tolerance``, of which the bias is no part, ``diverged``
-    where the steps made it grow; the best y is returned, and the next call starts at w again.
+    at a minimum of L. For quadratic losses and w at its minimum it is ‖Au − v‖/‖∂F/∂w(y)‖ for u = σ(w − y) and A the
+    matrix above. σ must be so large that L + F/σ curves upwards around y. The status is ``converged`` where it has
+    fallen to ``tolerance``, of which the bias is no part, ``diverged`` where the steps made it grow; the best y is
+    returned, and the next call starts at w again.
 
     ``step_size="lr"`` is the inner optimizer's learning rate, group by group, which suits SGD; other optimizers' rates
     are in other units. ``"auto"`` starts from it and goes on with the step ⟨s, r⟩/⟨r, r⟩ of Barzilai and Borwein, from

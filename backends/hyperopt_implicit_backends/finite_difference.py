@@ -33,8 +33,8 @@ class FiniteDifference(Backend):
         dF/dλ ≈ ∂F/∂λ(w', λ) − ξ [∂L/∂λ(w + hv, λ) − ∂L/∂λ(w − hv, λ)] / 2h,    h = epsilon/‖v‖.
 
     This is the derivative of F after one plain step, what ``unrolled`` gives for one step of SGD on one batch, with H⁻¹
-    of the implicit function theorem replaced by ξI. It keeps the size of ξ: the gradient is about ξ times too small
-    where H is near the identity, and points elsewhere where the curvature is uneven: at a minimum of L its error
+    of the implicit function theorem replaced by ξI. It keeps the size of ξ: the second term is about ξ times its true
+    size where H is near the identity, and points elsewhere where the curvature is uneven: at a minimum of L its error
     relative to the theorem is that of a Neumann series of one term. With ``lookahead=False`` F is taken at w itself,
     which saves one gradient. Several training batches are averaged, in the step as in the difference.
 

@@ -38,7 +38,7 @@ class ForwardGradient(Backend):
     Cost: for each step the gradient with its graph and k Hessian-vector products; memory for k + 1 times the parameters
     and the optimizer's state, whatever the number of steps. Of orthonormal directions no more than m are taken.
 
-    Departs from the papers: they take one Gaussian direction at a time, through a forward pass of their network;
+    Departs from the papers: Baydin et al. take one Gaussian direction at a time, through a forward pass of a network;
     orthonormal directions, and tangents through the optimizer's steps, are ours.
 
     References:

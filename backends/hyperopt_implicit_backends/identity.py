@@ -26,7 +26,8 @@ class Identity(ImplicitBackend):
         dF/dλ ≈ ∂F/∂λ − α (∂²L/∂λ∂w) ∂F/∂w.
 
     With ``step_size="lr"``, α is the inner optimizer's present learning rate, group by group, and this is the
-    derivative of F through one step of SGD, w − α ∂L/∂w, at w held fixed: T1−T2 as it was published. Momentum and
+    derivative of F through one step of SGD, w' = w − α ∂L/∂w, but for ∂F/∂w being taken at w and not at w'; at a
+    minimum of L both are the same, and with w' it is T1−T2 (``finite_difference`` has the lookahead). Momentum and
     preconditioners of the inner optimizer are left out. A number sets the scale of the second term against the direct
     one; where F does not depend on λ directly, it only scales the outer learning rate.
 

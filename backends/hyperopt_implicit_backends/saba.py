@@ -30,12 +30,12 @@ class Saba(Soba):
 
         q̂ = q_i − q̃_i + (1/N) Σ_k q̃_k,
 
-    takes its place in the two steps of ``soba``: the hypergradient is q̂(∂F/∂λ) − q̂((∂²L/∂λ∂w) u_t) and
-    u_{t+1} = u_t − ρ(q̂(A u_t) − q̂(v)). It is unbiased, and its variance goes to zero as u and the weights settle, so
-    at weights that stay the same u_t converges to A⁻¹v of the average loss at a linear rate, on mini-batches and with
-    a constant ρ; ``soba`` on the same batches stops at a noise proportional to ρ. Several training batches at a call
-    are averaged, one graph at a time. In the first pass, before all batches were visited, averages are over those that
-    were. On one training and one validation batch it is ``soba``.
+    takes its place in the two steps of ``soba``: the hypergradient is q̂(∂F/∂λ) − q̂((∂²L/∂λ∂w) u_t) and u_{t+1} = u_t
+    − ρ(q̂(A u_t) − q̂(v)). For batches drawn at random it is unbiased, and its variance goes to zero as u and the
+    weights settle, so at weights that stay the same u_t converges to A⁻¹v of the average loss at a linear rate, on
+    mini-batches and with a constant ρ; ``soba`` on the same batches stops at a noise proportional to ρ. Several
+    training batches at a call are averaged, one graph at a time. In the first pass, before all batches were visited,
+    averages are over those that were. On one training and one validation batch it is ``soba``.
 
     ``step_size="auto"`` is 1/(3 λ_max), the step that SAGA's theory asks for, with λ_max of the batches as they come;
     with a single training batch it is 1/λ_max.

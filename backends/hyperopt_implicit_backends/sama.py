@@ -41,7 +41,8 @@ class Sama(Backend):
 
     entry by entry. Momentum counts with its newest summand only. The derivative is taken through torch.optim's own
     functional forms: SGD, Adam, AdamW, RMSprop, Adagrad, NAdam, RAdam, Adadelta. Where Adam, RMSprop or Adagrad have no
-    state yet, their first update is nearly lr·sign(g), whose derivative, and so u, is close to zero: train first.
+    state yet, their first update is nearly a multiple of sign(g), whose derivative, and so u, is close to zero: train
+    first.
 
     It is biased like a Neumann series of one term: the size is that of one update, and the direction is that of the
     theorem where the preconditioner is near H⁻¹. The difference errs by alpha²/6 times ∂⁴L/∂λ∂w³ along u/‖u‖, and by

@@ -30,8 +30,8 @@ class Soba(OneLoopBackend):
     ``step_size="auto"`` is 1/λ_max of the batches given, by power iteration: eight products at the first call, and one
     at each after that, carried on.
 
-    It is the cheapest of those that use second derivatives, and the one for long runs of many small outer steps
-    (``inner_steps`` of about 1). The first gradients are far off; in a run of few outer steps take ``cg`` or
+    It is the cheapest of those that converge to the theorem's value, and the one for long runs of many small outer
+    steps (``inner_steps`` of about 1). The first gradients are far off; in a run of few outer steps take ``cg`` or
     ``amigo``. Where the noise of u is what limits the result and the batches fit in a list, take ``saba``.
 
     A residual above 10 (sampling can take it above 1) is reported as ``diverged``, the value is then zero and the next

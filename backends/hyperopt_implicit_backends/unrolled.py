@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Unrolled(Backend):
     """Reverse-mode differentiation through the inner optimizer's steps; sees its hyperparameters too.
 
-    With w_{t+1} = Φ(w_t, λ), dF/dλ = ∂F/∂λ + Σ_t (∂Φ/∂λ)ᵀ p_t where p_T = ∂F/∂w and p_{t−1} = (∂Φ/∂w)ᵀ p_t. It is
+    With w_{t+1} = Φ(w_t, λ), dF/dλ = ∂F/∂λ + Σ_t (∂Φ/∂λ)ᵀ p_{t+1} where p_T = ∂F/∂w and p_t = (∂Φ/∂w)ᵀ p_{t+1}. It is
     exact for the steps taken, converged or not, and treats the weights at their beginning as given. Φ is the update of
     torch.optim's own functional forms: SGD (momentum, Nesterov, weight decay), Adam, AdamW, RMSprop, Adagrad, NAdam,
     RAdam, Adadelta.

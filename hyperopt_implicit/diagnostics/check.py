@@ -192,8 +192,8 @@ class _Examination:
             reached = (
                 "L curves downwards where its gradient vanishes: that is a saddle point and no minimum"
                 if minimum.curves_down
-                else f"No minimum of L was reached within {self.seconds:g} s (‖∂L/∂w‖ = {minimum.gradient_norm:.2g} is "
-                "left)"
+                else f"No minimum of L was reached in {minimum.iterations} steps of Newton's method: ‖∂L/∂w‖ = "
+                f"{minimum.gradient_norm:.2g} is left, beside ‖∂F/∂w‖ = {norm(self.vector):.2g}"
             )
             self.notes.append(
                 f"{reached}. There are no finite differences, and the theorem at the present weights stands in for the "

@@ -6,6 +6,7 @@ training is one deterministic map, which can be run again for other λ. What is 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hyperopt_implicit.backend import Backend, Hypergradient
+from hyperopt_implicit.errors import HyperoptWarning
 from hyperopt_implicit.hyper_optimizer import hypergradient
 from hyperopt_implicit.inner_loop import train_step
 from hyperopt_implicit.messages import first_line
@@ -55,6 +57,7 @@ class Twin:
         self.problem = problem.copy(dtype, {"validation_loss": _average(problem.loss_source("validation_loss"))})
         self.problem.training_data, self.problem.validation_data = self.training, [self.validation]
         self._seed = seed
+        self._warned = dtype is not None  # the copy in the problem's own precision is the one that warns
 
     @contextmanager
     def seeded(self) -> Iterator[None]:
@@ -80,7 +83,10 @@ class Twin:
         """
         batches = self.training if training_batches is None else list(training_batches)
         validation = self.validation if validation_batches is None else list(validation_batches)
-        with self.seeded():
+        with self.seeded(), warnings.catch_warnings():
+            if self._warned:  # what preflight has to say, it has said
+                warnings.simplefilter("ignore", HyperoptWarning)
+            self._warned = True
             result = hypergradient(
                 self.problem, backend, training_batches=batches, validation_batch=validation, state={}
             )

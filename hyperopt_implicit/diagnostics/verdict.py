@@ -33,7 +33,7 @@ def verdict(found: Measurements, tolerance: float) -> tuple[bool, str, str]:
     if fault is not None:
         return False, *fault
     if found.relative_error <= tolerance:
-        return True, _right(found), _spread_advice(found, tolerance)
+        return True, _right(found), _failed_advice(found) or _spread_advice(found, tolerance)
     return False, *_largest_part(found)
 
 
@@ -49,6 +49,13 @@ def _right(found: Measurements) -> str:
     if found.minimum is None and found.slopes:
         against = "finite differences through all training steps"
     return f"the hypergradient is within {found.relative_error:.2g} (relative) of {against}."
+
+
+def _failed_advice(found: Measurements) -> str:
+    status = found.result.status
+    if not status.failed:
+        return ""
+    return f"It is so although the solver ended with {status.value!r}, which need not go on. {status.remedy}"
 
 
 def _spread_advice(found: Measurements, tolerance: float) -> str:
@@ -196,6 +203,8 @@ def _largest_part(found: Measurements) -> Finding:
     if status.failed and parts.get("solver", 0.0) > 0.3 * found.relative_error:
         return f"{off}: the solver ended with {status.value!r}.", status.remedy
     cause = max(parts, key=lambda name: parts[name])
+    if parts[cause] > 2.0 * found.relative_error and "inner problem not solved" in parts:
+        cause = "inner problem not solved"  # errors that cancel; the others are beside a point that is none
     share = f"mostly because of {parts[cause]:.2g} that"
     if cause == "inner problem not solved":
         return (
@@ -224,7 +233,7 @@ def _largest_part(found: Measurements) -> Finding:
         )
     return (
         f"{off}, {share} the solver left: its residual is {found.result.residual:.2g}.",
-        "Allow it more terms or iterations, or take 'cg' (or 'minres' where the Hessian is indefinite).",
+        "Allow it more terms or iterations, or another solver: 'cg', or 'minres' where the Hessian is indefinite.",
     )
 
 
