@@ -155,6 +155,7 @@ def test_without_second_derivatives_errors_stay_open():
     assert all(math.isnan(row.error) and math.isnan(row.cosine) for row in found.rows)
     for line in str(found).splitlines()[1:3]:
         assert line.split()[2:4] == ["–", "–"]
+    assert "–: what it would be compared with could not be computed." in str(found)
     assert len(found.figure().axes[0].collections) == 0
 
 
@@ -176,6 +177,15 @@ def test_backends_that_need_a_list_of_batches():
     assert "training_data must be a list of batches" in found.left_out["saba"]
     assert f"left out: saba: {found.left_out['saba']}" in str(found)
     assert {row.name for row in found.rows} == set(hi.list_backends()) - {"saba"}
+
+
+def test_backends_that_are_left_out_for_one_reason_share_a_line():
+    place = torch.ones(1, 4, dtype=torch.float64)
+    found = compare(ridge(extra=lambda model: torch.cdist(model.weight[None], place).sum()), calls=1)
+    assert {"cg", "exact", "unrolled"} <= set(found.left_out)
+    lines = [line for line in found.legend().splitlines() if "has no second derivative" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("left out: amigo, cg, exact, ")
 
 
 def test_learning_rate_is_seen_by_trajectories_only():

@@ -356,3 +356,29 @@ def test_data_in_single_precision():
     ]
     assert results[0].gradients["decay"].dtype == torch.float32
     assert_each_close(results[0].gradients, results[1].gradients, 1e-5)
+
+
+def test_a_parameter_that_a_later_step_does_not_use_keeps_its_tangent():
+    """torch.optim leaves it where it is, and so does its dependence on the hyperparameters."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+
+    @hi.hyperparameter("decay", init=0.3)
+    def training_loss(model, batch, *, decay):
+        used = (model.a, model.b) if batch else (model.a,)
+        return sum(((1.0 + decay) * w.square() - w).sum() for w in used)
+
+    problem = hi.BilevelProblem(
+        Two(),
+        training_loss,
+        lambda model, batch: (model.a * model.b).sum(),
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+    )
+    found = [
+        hi.hypergradient(problem, backend, training_batches=[True, True, False, False], validation_batch=None)
+        for backend in ("forward", "unrolled")
+    ]
+    torch.testing.assert_close(found[0].gradients, found[1].gradients, rtol=1e-12, atol=0.0)

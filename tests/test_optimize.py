@@ -414,3 +414,13 @@ def test_batches_that_are_never_met(batches, steps, warmup, seen):
     late = len(met["differentiate"]) - seen[1]  # the check before training looks at one batch as well
     assert late in (0, 1)
     assert len(met["train"]) - seen[0] in (0, 1, 2)  # so does the warm-up
+
+
+def test_batches_that_stand_several_times_in_a_list_are_one():
+    one, other = [(TRAINING[0].clone(), TRAINING[1].clone()) for _ in range(2)]
+    problem = ridge(training_data=[one, one, other, other])
+    options = {"outer_steps": 1, "inner_steps": 2, "hessian_batches": 2, "tracking": False}
+    with pytest.warns(hi.HyperoptWarning, match="of 2 different batches, training only ever sees 1 and the hyper.* 1"):
+        hi.optimize(problem, "exact", **options)
+    with pytest.warns(hi.HyperoptWarning, match="training only ever sees 2 and the hypergradient 1"):
+        hi.optimize(problem, "exact", **{**options, "warmup_steps": 1, "inner_steps": 3, "hessian_batches": 1})

@@ -124,7 +124,12 @@ class Comparison:
         ]
         if self.minimum_found:
             lines.append("*: against the gradient at a minimum of L.")
-        lines += [f"left out: {name}: {reason}" for name, reason in self.left_out.items()]
+        if any(math.isnan(row.error) for row in self.rows):
+            lines.append("–: what it would be compared with could not be computed.")
+        names_by_reason: dict[str, list[str]] = {}
+        for name, reason in self.left_out.items():
+            names_by_reason.setdefault(reason, []).append(name)
+        lines += [f"left out: {', '.join(names)}: {reason}" for reason, names in names_by_reason.items()]
         return "\n".join(lines)
 
     def sorted_rows(self) -> list[Row]:
