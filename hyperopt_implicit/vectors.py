@@ -35,6 +35,13 @@ def norm(x: Params) -> float:
     return math.hypot(*_numbers(torch._foreach_norm(tuple(x.values()))))
 
 
+def cosine(x: Params, y: Params) -> float:
+    """⟨x, y⟩/(‖x‖·‖y‖) in float64; 1 where both are zero, and 0 where one is."""
+    x, y = ({name: tensor.double() for name, tensor in each.items()} for each in (x, y))
+    size, other = norm(x), norm(y)
+    return dot(x, y) / (size * other) if size > 0.0 and other > 0.0 else float(size == other)
+
+
 def add(x: Params, y: Params, scale: float = 1.0) -> Params:
     """x + scale·y."""
     return dict(zip(x, torch._foreach_add(list(x.values()), list(y.values()), alpha=scale), strict=True))

@@ -552,3 +552,21 @@ def test_validation_loss_without_a_graph_is_refused(hide):
         "of them, and every hypergradient would be zero. Look for .detach(), .item() or torch.no_grad() in it. A "
         "metric without a gradient needs a backend that does without ('evolution')."
     )
+
+
+def test_damping_that_a_backend_adds_by_itself_counts_once():
+    """The residual worked out anew is the one reported, whichever of the two has ρ in it."""
+    report = hi.check(ridge(), {"name": "nystrom", "rank": 2, "damping": 1.0})
+    true, reported = report.measured.true_residual
+    assert true == pytest.approx(reported, rel=1e-9) == pytest.approx(report.measured.result.residual, rel=1e-9)
+
+
+def test_without_anything_to_compare_with_nothing_is_called_right():
+    """L has no second derivative, and its minimum is not reached."""
+    place = torch.ones(1, 4, dtype=torch.float64)
+    problem = ridge(solved=False, extra=lambda model: torch.cdist(model.weight[None], place).sum())
+    report = hi.check(problem, "finite_difference", seconds=1e-9)
+    assert not report.ok
+    assert report.relative_error != report.relative_error
+    assert report.verdict.startswith("there is nothing to compare the hypergradient with")
+    assert "not right: " in str(report)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 from hyperopt_implicit.data import to_device
 from hyperopt_implicit.errors import HyperoptError, ProblemError
@@ -14,12 +17,17 @@ from hyperopt_implicit.problem import BilevelProblem
 MOST_BATCHES = 16
 
 
-def warm_up(problem: BilevelProblem, steps: int) -> None:
-    """Plain training steps on the problem itself."""
-    if steps:
-        stream, values = problem.stream("training_data"), problem.hyperparameters.values()
-        for _ in range(steps):
-            train_step(problem, stream.next(), values)
+@contextmanager
+def warmed_up(problem: BilevelProblem, steps: int, seed: int) -> Iterator[BilevelProblem]:
+    """A copy of the problem after plain training steps; inside, torch draws from the seed."""
+    start = problem.copy()
+    with torch.random.fork_rng(devices=[problem.device] if problem.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        if steps:
+            stream, values = start.stream("training_data"), start.hyperparameters.values()
+            for _ in range(steps):
+                train_step(start, stream.next(), values)
+        yield start
 
 
 def batches_of(problem: BilevelProblem, role: str, given: Sequence[Any] | None, count: int | None) -> list[Any]:

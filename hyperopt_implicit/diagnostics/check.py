@@ -9,10 +9,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from hyperopt_implicit.backend import Backend, Spec, get_backend
-from hyperopt_implicit.diagnostics.batches import batches_of, check_count, warm_up
+from hyperopt_implicit.diagnostics.batches import batches_of, check_count, warmed_up
 from hyperopt_implicit.diagnostics.measurements import CheckReport, Measurements
 from hyperopt_implicit.diagnostics.truth import (
     difference,
@@ -93,10 +91,7 @@ def check(
         raise HyperoptError(f"tolerance must be a relative error between 0 and 1; got {tolerance!r}.")
     for name, value, least in (("inner_steps", inner_steps, 1), ("warmup_steps", warmup_steps, 0), ("calls", calls, 1)):
         check_count(name, value, least)
-    start = problem.copy()
-    with torch.random.fork_rng(devices=[problem.device] if problem.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        warm_up(start, warmup_steps)
+    with warmed_up(problem, warmup_steps, seed) as start:
         through = chosen.differentiates == "trajectory"
         training = batches_of(problem, "training_data", training_batches, inner_steps if through else None)
         validation = batches_of(problem, "validation_data", validation_batches, None)

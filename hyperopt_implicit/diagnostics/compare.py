@@ -7,10 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from hyperopt_implicit.backend import Backend, Spec, get_backend, list_backends, options_of
-from hyperopt_implicit.diagnostics.batches import batches_of, check_count, warm_up
+from hyperopt_implicit.diagnostics.batches import batches_of, check_count, warmed_up
 from hyperopt_implicit.diagnostics.comparison import Comparison, Row
 from hyperopt_implicit.diagnostics.measuring import peak_bytes, seconds
 from hyperopt_implicit.diagnostics.truth import difference, minimise, theorem, unrolled
@@ -18,7 +16,7 @@ from hyperopt_implicit.diagnostics.twin import Twin, float64_twin
 from hyperopt_implicit.errors import BackendError, HyperoptError, ProblemError
 from hyperopt_implicit.problem import BilevelProblem
 from hyperopt_implicit.tracking import Tracking
-from hyperopt_implicit.vectors import Params, dot, norm
+from hyperopt_implicit.vectors import Params, cosine, norm
 
 
 def compare(
@@ -83,11 +81,7 @@ def compare(
     for name, value in counts.items():
         check_count(name, value, 1)
     check_count("warmup_steps", warmup_steps, 0)
-    start = problem.copy()
-    devices = [problem.device] if problem.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        warm_up(start, warmup_steps)
+    with warmed_up(problem, warmup_steps, seed) as start:
         validation = batches_of(start, "validation_data", None if validation_batch is None else [validation_batch], 1)
         settings = {
             through: _Setting(start, batches_of(start, "training_data", training_batches, count), validation, seed)
@@ -144,7 +138,7 @@ class _Setting:
                 return backend.hypergradient(twin, given.training, given.validation, result.state)
 
         target = self._target(backend.differentiates)
-        error, cosine = (math.nan, math.nan) if target is None else _distances(result.gradients, target)
+        error, along = (math.nan, math.nan) if target is None else _distances(result.gradients, target)
         return Row(
             name=label,
             family="other" if backend.card is None else backend.card.family,
@@ -157,7 +151,7 @@ class _Setting:
             peak_bytes=peak_bytes(call, twin.device),
             gradients={name: g.double() for name, g in result.gradients.items()},
             error=error,
-            cosine=cosine,
+            cosine=along,
         )
 
     def _target(self, kind: str) -> Params | None:
@@ -184,10 +178,7 @@ class _Setting:
 
 def _distances(gradients: Params, truth: Params) -> tuple[float, float]:
     """Relative error, and cosine."""
-    mine, other = ({name: g.double() for name, g in each.items()} for each in (gradients, truth))
-    sizes = norm(mine) * norm(other)
-    cosine = dot(mine, other) / sizes if sizes > 0.0 else float(norm(mine) == norm(other))
-    return difference(mine, other) / (norm(other) or 1.0), cosine
+    return difference(gradients, truth) / (norm(truth) or 1.0), cosine(gradients, truth)
 
 
 def _labelled(spec: Spec) -> tuple[str, Backend]:

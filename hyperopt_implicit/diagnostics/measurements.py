@@ -7,9 +7,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from hyperopt_implicit.backend import Backend, Hypergradient
 from hyperopt_implicit.diagnostics.truth import Minimum, Slope, along, difference
-from hyperopt_implicit.vectors import Params, dot, norm
+from hyperopt_implicit.vectors import Params, cosine, norm
 
 
 @dataclass
@@ -94,25 +96,32 @@ class Measurements:
 
     @property
     def relative_error(self) -> float:
-        """‖hypergradient − truth‖/‖truth‖, along the slopes where finite differences contradict differentiation."""
-        mine = self.result.gradients
-        formula = self.formula_error
-        trusted = formula is None or not self.finite_differences_hold or formula <= 0.01
-        if self.truth is not None and trusted:
-            return difference(mine, self.truth) / self.size
-        return _off(mine, self.slopes)
+        """‖hypergradient − truth‖/‖truth‖, along the slopes where finite differences contradict differentiation.
+
+        NaN where there is nothing to compare with.
+        """
+        if self._trusted is not None:
+            return difference(self.result.gradients, self._trusted) / self.size
+        return _off(self.result.gradients, self.slopes)
 
     @property
     def cosine(self) -> float:
         """Between the hypergradient and the truth, likewise."""
-        mine = {name: g.double() for name, g in self.result.gradients.items()}
+        mine = self.result.gradients
+        if self._trusted is not None:
+            return cosine(mine, self._trusted)
+        if not self.slopes:
+            return math.nan
+        slopes = [(along(mine, each), each.value) for each in self.slopes]
+        ours, theirs = torch.tensor(slopes, dtype=torch.float64).T
+        return cosine({"": ours}, {"": theirs})
+
+    @property
+    def _trusted(self) -> Params | None:
+        """The truth, unless finite differences that can be relied on contradict it."""
         formula = self.formula_error
-        if self.truth is not None and (formula is None or not self.finite_differences_hold or formula <= 0.01):
-            other = {name: g.double() for name, g in self.truth.items()}
-            return _cosine(dot(mine, other), norm(mine), norm(other))
-        ours, theirs = [along(mine, each) for each in self.slopes], [each.value for each in self.slopes]
-        product = sum(a * b for a, b in zip(ours, theirs, strict=True))
-        return _cosine(product, math.hypot(*ours), math.hypot(*theirs))
+        contradicted = formula is not None and self.finite_differences_hold and formula > 0.01
+        return None if contradicted else self.truth
 
     @property
     def parts(self) -> dict[str, float]:
@@ -239,10 +248,8 @@ class CheckReport:
 
 
 def _off(gradients: Params, slopes: Sequence[Slope]) -> float:
+    if not slopes:
+        return math.nan
     size = math.hypot(*(each.value for each in slopes))
     off = math.hypot(*(along(gradients, each) - each.value for each in slopes))
     return off / size if size > 0.0 else off
-
-
-def _cosine(product: float, size: float, other: float) -> float:
-    return product / (size * other) if size > 0.0 and other > 0.0 else float(size == other)

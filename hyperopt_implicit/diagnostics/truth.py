@@ -212,13 +212,12 @@ def true_residual(twin: Twin, backend: ImplicitBackend) -> tuple[float, float | 
         return None
     with twin.seeded():
         curvature = backend.linearise(twin.problem, twin.training)
-    operator = Damped(curvature, backend.damping)
     with torch.no_grad():
         try:
-            solution = backend.solver(twin.problem)(operator, vector, {})
+            solution = backend.solver(twin.problem)(backend.damped(curvature), vector, {})
         except BackendError:
             return None
-        product = operator @ solution.value
+        product = Damped(curvature, backend.damping) @ solution.value  # a backend may add the damping by itself
     left = norm({name: x - vector[name] for name, x in product.items()})
     return left / norm(vector), solution.residual
 

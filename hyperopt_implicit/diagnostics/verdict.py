@@ -24,6 +24,7 @@ def verdict(found: Measurements, tolerance: float) -> tuple[bool, str, str]:
     fault = (
         _not_a_function(found)
         or _not_finite(found)
+        or _nothing_to_compare_with(found)
         or _losses(found, tolerance)
         or _state(found, tolerance)
         or _another_number(found, tolerance)
@@ -87,6 +88,15 @@ def _not_finite(found: Measurements) -> Finding | None:
     if found.result.status is not Status.NON_FINITE and math.isfinite(norm(found.result.gradients)):
         return None
     return "the hypergradient is not finite.", Status.NON_FINITE.remedy
+
+
+def _nothing_to_compare_with(found: Measurements) -> Finding | None:
+    if found.truth is not None or found.slopes:
+        return None
+    return (
+        "there is nothing to compare the hypergradient with: neither a minimum of L nor the theorem could be computed.",
+        "Train longer before the check (warmup_steps), give it more seconds, or check a smaller version of it.",
+    )
 
 
 def _losses(found: Measurements, tolerance: float) -> Finding | None:
