@@ -127,9 +127,3 @@ def has_weight_norm(module: nn.Module) -> bool:
     """Whether a weight anywhere in a module is normalised by ``weight_norm``."""
     parts = [part for each in module.modules() for part in (each, *each._forward_pre_hooks.values())]
     return any(type(part).__name__ in ("_WeightNorm", "WeightNorm") for part in parts)
-
-
-def has_ties(module: nn.Module) -> bool:
-    """Whether one tensor stands under two names, which ``functional_call`` has to look for at every call."""
-    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    return len({id(tensor) for _, tensor in tensors}) < len(tensors)

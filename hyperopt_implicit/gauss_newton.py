@@ -49,6 +49,10 @@ class GaussNewton(Hessian):
         self._parts: _Composite | None = None
         super().__init__(problem, training_batches)
 
+    def multiply_and_mix(self, vector: Params) -> Params:
+        """G·vector; the mixed derivative is of another graph."""
+        return self @ vector
+
     def __matmul__(self, vector: Params) -> Params:
         """G·vector."""
         self.products += 1

@@ -142,16 +142,24 @@ class InTurn(LossHessian):
 
     def __matmul__(self, vector: Params) -> Params:
         """A·vector, on the next batch."""
+        self._turn()
+        return self._current @ vector
+
+    def multiply_and_mix(self, vector: Params) -> Params:
+        """A·vector and the mixed derivative, on the next batch."""
+        self._turn()
+        return self._current.multiply_and_mix(vector)
+
+    def mixed(self, vector: Params) -> Params:
+        """(∂²L/∂λ∂w)·vector, on the batch of the last product."""
+        return self._current.mixed(vector)
+
+    def _turn(self) -> None:
         if self.products:
             del self._current  # or its graph would be held while the next one is built
             self._look()
             self.loss += (self._current.loss - self.loss) / (self.products + 1)
         self.products += 1
-        return self._current @ vector
-
-    def mixed(self, vector: Params) -> Params:
-        """(∂²L/∂λ∂w)·vector, on the batch of the last product."""
-        return self._current.mixed(vector)
 
     def _look(self) -> None:
         self._current = self._linearise(self._batches[self.products % len(self._batches)])

@@ -39,6 +39,14 @@ class LinearOperator(ABC):
     def __matmul__(self, vector: Params) -> Params:
         """The product, not to be changed in place: two of its tensors may be the same memory."""
 
+    def multiply_and_mix(self, vector: Params) -> Params:
+        """The product, of which the mixed derivative with the same vector comes at no further backward.
+
+        Where an operator can have both from one backward, it keeps the mixed derivative for the ``mixed`` that follows;
+        to others it is a product as any.
+        """
+        return self @ vector
+
 
 class Damped(LinearOperator):
     """A + δI."""
@@ -49,6 +57,10 @@ class Damped(LinearOperator):
     def __matmul__(self, vector: Params) -> Params:
         self.products += 1
         return add(self._operator @ vector, vector, self._damping)
+
+    def multiply_and_mix(self, vector: Params) -> Params:
+        self.products += 1
+        return add(self._operator.multiply_and_mix(vector), vector, self._damping)
 
 
 def twice_differentiable(problem: BilevelProblem) -> AbstractContextManager[object]:
@@ -108,31 +120,43 @@ class LossHessian(LinearOperator):
         # a parameter on which L depends linearly, or not at all, has a gradient without a graph: its row of H is zero
         self._curved = [name for name, g in gradient.items() if g.requires_grad]
         self._outputs = [gradient[name] for name in self._curved]
+        self._mixed: tuple[Params, Params] | None = None
 
     def __matmul__(self, vector: Params) -> Params:
         """H·vector."""
         self.products += 1
-        product = self._pull_back(vector, self._params)
-        for name, decay in self._decays.items():
-            product[name] = product[name] + decay * vector[name]
-        return product
+        return self._decayed(self._pull_back(vector, list(self._params.values())), vector)
+
+    def multiply_and_mix(self, vector: Params) -> Params:
+        """H·vector; :meth:`mixed` of the same vector, not changed in between, is then known."""
+        self.products += 1
+        grads = self._pull_back(vector, [*self._params.values(), *self._hparams.values()])
+        self._mixed = vector, dict(zip(self._hparams, grads[len(self._params) :], strict=True))
+        return self._decayed(grads[: len(self._params)], vector)
 
     def mixed(self, vector: Params) -> Params:
         """(∂²L/∂λ∂w)·vector, shaped like λ."""
-        return self._pull_back(vector, self._hparams)
+        if self._mixed is not None and self._mixed[0] is vector:
+            return self._mixed[1]
+        return dict(zip(self._hparams, self._pull_back(vector, list(self._hparams.values())), strict=True))
 
-    def _pull_back(self, vector: Params, onto: Params) -> Params:
+    def _decayed(self, product: Sequence[Tensor], vector: Params) -> Params:
+        found = dict(zip(self._params, product, strict=True))
+        for name, decay in self._decays.items():
+            found[name] = found[name] + decay * vector[name]
+        return found
+
+    def _pull_back(self, vector: Params, onto: list[Tensor]) -> Sequence[Tensor]:
         if not self._outputs or not onto:
-            return {name: torch.zeros_like(x) for name, x in onto.items()}
-        grads = torch.autograd.grad(
+            return [torch.zeros_like(x) for x in onto]
+        return torch.autograd.grad(
             self._outputs,
-            list(onto.values()),
+            onto,
             [vector[name] for name in self._curved],
             retain_graph=True,
             allow_unused=True,
             materialize_grads=True,
         )
-        return dict(zip(onto, grads, strict=True))
 
 
 class Hessian(LossHessian):

@@ -14,12 +14,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from hyperopt_implicit.binding import (
     OptimizerFactory,
     check_options,
-    has_ties,
     has_weight_norm,
     inner_optimizer,
     match,
@@ -27,6 +25,7 @@ from hyperopt_implicit.binding import (
 )
 from hyperopt_implicit.data import BatchStream, Data, check_data
 from hyperopt_implicit.errors import LossError, ProblemError
+from hyperopt_implicit.functional import Places
 from hyperopt_implicit.hyperparameters import Hyperparameters, Value, declarations_of, undecorated
 from hyperopt_implicit.vectors import Params
 
@@ -41,16 +40,12 @@ class InnerState:
 
 
 class _Bound(nn.Module):
-    """Model and hyperparameters under one roof, so that ``functional_call`` can swap the tensors of both at once."""
+    """Model and hyperparameters under one roof, so that tensors of both are swapped at once."""
 
     def __init__(self, model: nn.Module, hyperparameters: Hyperparameters) -> None:
         super().__init__()
         self.model = model
         self.hyperparameters = hyperparameters
-
-    def forward(self, loss: Callable[..., Tensor], names: list[str], batch: Any) -> Tensor:
-        values = self.hyperparameters("loss") if names else {}
-        return loss(self.model, batch, **{name: values[name] for name in names})
 
 
 class BilevelProblem:
@@ -126,9 +121,9 @@ class BilevelProblem:
         self._params = trained_parameters(self.optimizer, model)
         self.hyperparameters = Hyperparameters(declarations, model)
         check_options(self.hyperparameters, self.optimizer)
-        self._bound = _Bound(model, self.hyperparameters)
-        self._has_ties = has_ties(self._bound)
-        self.has_weight_norm = has_weight_norm(self._bound)
+        bound = _Bound(model, self.hyperparameters)
+        self._places = Places(bound)
+        self.has_weight_norm = has_weight_norm(bound)
         self.sync_optimizer()
 
     # ------------------------------------------------------------------------------------------------ what it is
@@ -198,7 +193,7 @@ class BilevelProblem:
             other.optimizer.load_state_dict(other.optimizer.state_dict())
         named = dict(other.model.named_parameters())
         other._params = {name: named[name] for name in self._params}
-        other._bound = _Bound(other.model, other.hyperparameters)
+        other._places = Places(_Bound(other.model, other.hyperparameters))
         other._losses = {**self._losses, **(losses or {})}
         return other
 
@@ -233,20 +228,13 @@ class BilevelProblem:
 
         This is the loss to call in a training loop of one's own; buffers such as running statistics move.
         """
-        values = self.hyperparameters("loss") if values is None else values
-        loss = self._losses["training_loss"](
-            self.model, batch, **{name: values[name] for name in self._taken["training_loss"]}
-        )
-        return _scalar(loss, "training_loss")
+        return self._evaluate("training_loss", batch, values)
 
     @torch.no_grad()
     def validation_loss(self, batch: Any) -> Tensor:
         """F on the model as it stands, in eval mode, without a graph."""
         with evaluating(self.model):
-            return _scalar(
-                self._bound(self._losses["validation_loss"], self._taken["validation_loss"], batch),
-                "validation_loss",
-            )
+            return self._evaluate("validation_loss", batch)
 
     # ---------------------------------------------------------------------------- losses as functions of (w, λ, batch)
 
@@ -264,18 +252,21 @@ class BilevelProblem:
             return self._call("validation_loss", params, hparams, batch, buffers)
 
     def _call(self, role: str, params: Params, hparams: Params, batch: Any, buffers: Params | None) -> Tensor:
-        swapped = {f"model.{name}": tensor for name, tensor in params.items()}
-        swapped.update((f"hyperparameters.{name}", tensor) for name, tensor in hparams.items())
-        buffers = {} if buffers is None else buffers
-        given = {f"model.{name}": tensor for name, tensor in buffers.items()}
-        for name, buffer in self._bound.named_buffers():
-            swapped[name] = given[name] if name in given else buffer.clone()
-        arguments = (self._losses[role], self._taken[role], batch)
-        loss = functional_call(self._bound, swapped, arguments, tie_weights=self._has_ties)
-        for name in given:  # functional_call leaves in `swapped` what a module has put in the place of a buffer
-            if swapped[name] is not given[name]:
-                buffers[name.removeprefix("model.")] = swapped[name].detach()
-        return _scalar(loss, role)
+        parameters = {f"model.{name}": tensor for name, tensor in params.items()}
+        parameters.update((f"hyperparameters.{name}", tensor) for name, tensor in hparams.items())
+        given = {} if buffers is None else {f"model.{name}": tensor for name, tensor in buffers.items()}
+        with self._places.swapped(parameters, given) as held:
+            loss = self._evaluate(role, batch)
+        for name, tensor in given.items():  # a module may have put another in the place of a buffer
+            if buffers is not None and held[name] is not tensor:
+                buffers[name.removeprefix("model.")] = held[name].detach()
+        return loss
+
+    def _evaluate(self, role: str, batch: Any, values: dict[str, Value] | None = None) -> Tensor:
+        taken = self._taken[role]
+        if values is None:
+            values = self.hyperparameters("loss") if taken else {}
+        return _scalar(self._losses[role](self.model, batch, **{name: values[name] for name in taken}), role)
 
     # --------------------------------------------------------------------------------------------- the inner state
 

@@ -59,6 +59,11 @@ def scale_(x: Params, factor: float) -> Params:
     return x
 
 
+def divide(x: Params, y: Params) -> Params:
+    """x/y, element by element."""
+    return dict(zip(x, torch._foreach_div(list(x.values()), list(y.values())), strict=True))
+
+
 def precision(x: Params) -> float:
     """The relative rounding error of a vector of this kind; no residual below it can be told from zero."""
     return max(torch.finfo(tensor.dtype).eps for tensor in x.values())

@@ -151,7 +151,7 @@ def test_core_finds_backends_through_their_entry_points_only() -> None:
 
 
 LAYERS = [
-    {"errors", "vectors", "randomness"},
+    {"errors", "vectors", "randomness", "functional"},
     {"messages"},
     {"data", "hyperparameters", "knobs"},
     {"backend"},
@@ -162,6 +162,8 @@ LAYERS = [
         "gauss_newton",
         "spectrum",
         "implicit",
+        "conjugate_gradients",
+        "preconditioner",
         "first_order",
         "one_loop",
         "optimizers",

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from hyperopt_implicit.backend import Card, State, Status
-from hyperopt_implicit.implicit import ImplicitBackend, Solution, first_iterate
+from hyperopt_implicit.conjugate_gradients import conjugate_gradients
+from hyperopt_implicit.errors import BackendError
+from hyperopt_implicit.implicit import ImplicitBackend, Solution, Solve, first_iterate
 from hyperopt_implicit.operators import LinearOperator
-from hyperopt_implicit.vectors import Params, add_, clone, dot, norm, precision, scale_
+from hyperopt_implicit.preconditioner import adam_preconditioner, keeps_second_moments
+from hyperopt_implicit.vectors import Params, norm, precision
 
-_NULL = 8  # curvature, in units of rounding, that cannot be told from none
+if TYPE_CHECKING:
+    from hyperopt_implicit.problem import BilevelProblem
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,10 @@ class ConjugateGradient(ImplicitBackend):
     or ``singular`` where the curvature is zero to rounding. ``damping`` above the size of the most negative eigenvalue
     avoids that, at the price of a bias.
 
+    ``preconditioner="adam"`` solves M⁻¹A u = M⁻¹v with M the square root of the second moment that the inner optimizer
+    keeps (Adam, AdamW, NAdam, RAdam), at no product. It pays where A is badly conditioned, and costs iterations where
+    it is not.
+
     Cost: one product an iteration, one more for a warm start; memory for four vectors, one of them carried.
 
     References:
@@ -36,13 +44,16 @@ class ConjugateGradient(ImplicitBackend):
 
     Example:
         >>> import hyperopt_implicit as hi
-        >>> hi.get_backend("cg", max_iterations=5)
-        ConjugateGradient(damping=0.0, curvature='hessian', tolerance=0.001, max_iterations=5, warm_start=True)
+        >>> hi.get_backend("cg", max_iterations=5).tolerance
+        0.001
     """
 
     tolerance: Annotated[float, Field(ge=0, description="stop at this relative residual")] = 1e-3
     max_iterations: Annotated[int, Field(ge=1, description="iterations at most, one product each")] = 20
     warm_start: Annotated[bool, Field(description="begin at the last outer step's solution")] = True
+    preconditioner: Annotated[
+        Literal["adam"] | None, Field(description="'adam' scales by the root of the inner optimizer's second moment")
+    ] = None
 
     card: ClassVar[Card] = Card(
         family="implicit",
@@ -54,34 +65,35 @@ class ConjugateGradient(ImplicitBackend):
         paper="Pedregosa 2016",
     )
 
+    def check(self, problem: BilevelProblem) -> None:
+        super().check(problem)
+        if self.preconditioner == "adam" and not keeps_second_moments(problem.optimizer):
+            raise BackendError(
+                "preconditioner='adam' takes the second moment that Adam, AdamW, NAdam and RAdam keep; the inner "
+                f"optimizer is {type(problem.optimizer).__name__}. Leave the option out."
+            )
+
+    def solver(self, problem: BilevelProblem) -> Solve:
+        diagonal = adam_preconditioner(problem) if self.preconditioner == "adam" else None
+        return functools.partial(self._solve, preconditioner=diagonal)
+
     def solve(self, operator: LinearOperator, vector: Params, state: State, /) -> Solution:
+        return self._solve(operator, vector, state)
+
+    def _solve(
+        self, operator: LinearOperator, vector: Params, state: State, /, preconditioner: Params | None = None
+    ) -> Solution:
         size = norm(vector)
-        rounding = precision(vector)
-        target = max(self.tolerance, rounding) * size
         last = state.get("solution") if self.warm_start else None
         solution, residual, steepest = first_iterate(operator, vector, last)
-        direction = clone(residual)
-        squared = dot(residual, residual)
-        status, iterations = Status.TRUNCATED, 0
-        while iterations < self.max_iterations and math.sqrt(squared) > target:
-            product = operator @ direction
-            curvature = dot(direction, product)
-            if not math.isfinite(curvature):
-                status = Status.NON_FINITE
-                break
-            quotient = curvature / dot(direction, direction)
-            steepest = max(steepest, quotient)
-            flat = _NULL * rounding * steepest
-            if quotient <= flat:  # a step along a flat direction would be made of rounding errors
-                status = Status.SINGULAR if quotient >= -flat else Status.NEGATIVE_CURVATURE
-                break
-            step = squared / curvature
-            add_(solution, direction, step)
-            add_(residual, product, -step)
-            previous, squared = squared, dot(residual, residual)
-            add_(scale_(direction, squared / previous), residual)
-            iterations += 1
-        if status is Status.TRUNCATED and math.sqrt(squared) <= target:
-            status = Status.CONVERGED
-        carried = {"solution": solution} if self.warm_start and status is not Status.NON_FINITE else {}
-        return Solution(solution, status, iterations, norm(residual) / size, carried)
+        found = conjugate_gradients(
+            operator,
+            vector,
+            (solution, residual),
+            target=max(self.tolerance, precision(vector)) * size,
+            iterations=self.max_iterations,
+            steepest=steepest,
+            preconditioner=preconditioner,
+        )
+        carried = {"solution": found.solution} if self.warm_start and found.status is not Status.NON_FINITE else {}
+        return Solution(found.solution, found.status, found.count, found.size / size, carried)

@@ -66,5 +66,5 @@ class Soba(OneLoopBackend):
     def solve(self, operator: LinearOperator, vector: Params, state: State, /) -> Solution:
         rate, spectrum = self.rate(operator, vector, state)
         solution = self.start(vector, state, rate)
-        seen = measured(solution, operator @ solution, vector)
+        seen = measured(solution, operator.multiply_and_mix(solution), vector)
         return seen.report(1, spectrum, carried=add(solution, seen.residual, rate))

@@ -78,4 +78,4 @@ class StocBio(OneLoopBackend):
                 break
             add_(solution, factor, rate)
             terms += 1
-        return measured(solution, operator @ solution, vector, grown=grown).report(terms, spectrum)
+        return measured(solution, operator.multiply_and_mix(solution), vector, grown=grown).report(terms, spectrum)
