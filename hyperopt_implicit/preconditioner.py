@@ -1,18 +1,62 @@
-"""A preconditioner for the linear system that the inner optimizer has already paid for."""
+"""A preconditioner for the linear system that the inner optimizer has already paid for.
+
+What a solver does with it is in ``conjugate_gradients.py``; which backends offer it derive from
+:class:`PreconditionedBackend`.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 
+from hyperopt_implicit.backend import State
+from hyperopt_implicit.errors import BackendError
+from hyperopt_implicit.implicit import ImplicitBackend, Solution, Solve
+from hyperopt_implicit.operators import LinearOperator
 from hyperopt_implicit.vectors import Params
 
 if TYPE_CHECKING:
+    from pydantic import Field
+
     from hyperopt_implicit.problem import BilevelProblem
 
 FLOOR = 1e-2
 """The least entry, as a share of the root mean square: weights that never had a gradient have a second moment of zero."""
+
+
+@dataclass(frozen=True)
+class PreconditionedBackend(ImplicitBackend):
+    """An implicit backend whose solver can be given the diagonal M of a preconditioner."""
+
+    preconditioner: Annotated[
+        Literal["adam"] | None, Field(description="'adam' scales by the root of the inner optimizer's second moment")
+    ] = field(default=None, kw_only=True)
+
+    @abstractmethod
+    def solve_scaled(
+        self, operator: LinearOperator, vector: Params, state: State, diagonal: Params | None, /
+    ) -> Solution:
+        """Solve A u = v as ``solve`` does, preconditioned by the diagonal M; None is the identity."""
+
+    def solve(self, operator: LinearOperator, vector: Params, state: State, /) -> Solution:
+        return self.solve_scaled(operator, vector, state, None)
+
+    def solver(self, problem: BilevelProblem) -> Solve:
+        if self.preconditioner is None:
+            return self.solve
+        diagonal = adam_preconditioner(problem)
+        return lambda operator, vector, state: self.solve_scaled(operator, vector, state, diagonal)
+
+    def check(self, problem: BilevelProblem) -> None:
+        super().check(problem)
+        if self.preconditioner is not None and not keeps_second_moments(problem.optimizer):
+            raise BackendError(
+                "preconditioner='adam' takes the second moment that Adam, AdamW, NAdam and RAdam keep; the inner "
+                f"optimizer is {type(problem.optimizer).__name__}. Leave the option out."
+            )
 
 
 def adam_preconditioner(problem: BilevelProblem) -> Params | None:
@@ -35,6 +79,4 @@ def adam_preconditioner(problem: BilevelProblem) -> Params | None:
 
 def keeps_second_moments(optimizer: torch.optim.Optimizer) -> bool:
     """Whether an optimizer is one of Adam's kind."""
-    return isinstance(
-        optimizer, torch.optim.Adam | torch.optim.AdamW | torch.optim.NAdam | torch.optim.RAdam
-    )
+    return isinstance(optimizer, torch.optim.Adam | torch.optim.NAdam | torch.optim.RAdam)

@@ -68,14 +68,17 @@ def test_backends_say_what_they_differentiate(case):
 def test_products_are_counted(case, monkeypatch):
     """hvps is what was really multiplied, the power iteration and warm starts included."""
     count = 0
-    multiply = Hessian.__matmul__
 
-    def counting(self, vector):
-        nonlocal count
-        count += 1
-        return multiply(self, vector)
+    def counting(multiply):
+        def counted(self, vector):
+            nonlocal count
+            count += 1
+            return multiply(self, vector)
 
-    monkeypatch.setattr(Hessian, "__matmul__", counting)
+        return counted
+
+    for name in ("__matmul__", "multiply_and_mix"):
+        monkeypatch.setattr(Hessian, name, counting(getattr(Hessian, name)))
     problem, training, validation = ridge_problem(), regression_data(0), regression_data(1)
     case.prepare(problem, [training] * 3, validation)
 

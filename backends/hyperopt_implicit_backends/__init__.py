@@ -10,6 +10,7 @@ from hyperopt_implicit_backends.finite_difference import FiniteDifference
 from hyperopt_implicit_backends.fixed_point import FixedPoint
 from hyperopt_implicit_backends.forward import Forward
 from hyperopt_implicit_backends.forward_gradient import ForwardGradient
+from hyperopt_implicit_backends.heavy_ball import HeavyBall
 from hyperopt_implicit_backends.identity import Identity
 from hyperopt_implicit_backends.minres import MinimalResidual
 from hyperopt_implicit_backends.neumann import Neumann
@@ -31,6 +32,7 @@ __all__ = [
     "FixedPoint",
     "Forward",
     "ForwardGradient",
+    "HeavyBall",
     "Identity",
     "MinimalResidual",
     "Neumann",

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from hyperopt_implicit.backend import Card, State, Status
 from hyperopt_implicit.conjugate_gradients import conjugate_gradients
-from hyperopt_implicit.errors import BackendError
-from hyperopt_implicit.implicit import ImplicitBackend, Solution, Solve, first_iterate
+from hyperopt_implicit.implicit import Solution, first_iterate
 from hyperopt_implicit.operators import LinearOperator
-from hyperopt_implicit.preconditioner import adam_preconditioner, keeps_second_moments
+from hyperopt_implicit.preconditioner import PreconditionedBackend
 from hyperopt_implicit.vectors import Params, norm, precision
-
-if TYPE_CHECKING:
-    from hyperopt_implicit.problem import BilevelProblem
 
 
 @dataclass(frozen=True)
-class ConjugateGradient(ImplicitBackend):
+class ConjugateGradient(PreconditionedBackend):
     """Conjugate gradients: the most accuracy for a given number of products where the Hessian is positive definite.
 
     The error in the A-norm falls at least as fast as 2·((√κ − 1)/(√κ + 1))^k with κ the condition number, and reaches
@@ -51,9 +46,6 @@ class ConjugateGradient(ImplicitBackend):
     tolerance: Annotated[float, Field(ge=0, description="stop at this relative residual")] = 1e-3
     max_iterations: Annotated[int, Field(ge=1, description="iterations at most, one product each")] = 20
     warm_start: Annotated[bool, Field(description="begin at the last outer step's solution")] = True
-    preconditioner: Annotated[
-        Literal["adam"] | None, Field(description="'adam' scales by the root of the inner optimizer's second moment")
-    ] = None
 
     card: ClassVar[Card] = Card(
         family="implicit",
@@ -65,23 +57,8 @@ class ConjugateGradient(ImplicitBackend):
         paper="Pedregosa 2016",
     )
 
-    def check(self, problem: BilevelProblem) -> None:
-        super().check(problem)
-        if self.preconditioner == "adam" and not keeps_second_moments(problem.optimizer):
-            raise BackendError(
-                "preconditioner='adam' takes the second moment that Adam, AdamW, NAdam and RAdam keep; the inner "
-                f"optimizer is {type(problem.optimizer).__name__}. Leave the option out."
-            )
-
-    def solver(self, problem: BilevelProblem) -> Solve:
-        diagonal = adam_preconditioner(problem) if self.preconditioner == "adam" else None
-        return functools.partial(self._solve, preconditioner=diagonal)
-
-    def solve(self, operator: LinearOperator, vector: Params, state: State, /) -> Solution:
-        return self._solve(operator, vector, state)
-
-    def _solve(
-        self, operator: LinearOperator, vector: Params, state: State, /, preconditioner: Params | None = None
+    def solve_scaled(
+        self, operator: LinearOperator, vector: Params, state: State, diagonal: Params | None, /
     ) -> Solution:
         size = norm(vector)
         last = state.get("solution") if self.warm_start else None
@@ -93,7 +70,7 @@ class ConjugateGradient(ImplicitBackend):
             target=max(self.tolerance, precision(vector)) * size,
             iterations=self.max_iterations,
             steepest=steepest,
-            preconditioner=preconditioner,
+            preconditioner=diagonal,
         )
         carried = {"solution": found.solution} if self.warm_start and found.status is not Status.NON_FINITE else {}
         return Solution(found.solution, found.status, found.count, found.size / size, carried)

@@ -1,0 +1,159 @@
+"""``heavy_ball``: one product an outer step, by a solution with momentum that follows the outer steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from hyperopt_implicit.backend import Card, State
+from hyperopt_implicit.conjugate_gradients import Iterations, conjugate_gradients
+from hyperopt_implicit.implicit import Solution
+from hyperopt_implicit.one_loop import Measured, measured
+from hyperopt_implicit.operators import LinearOperator
+from hyperopt_implicit.preconditioner import PreconditionedBackend
+from hyperopt_implicit.vectors import (
+    Params,
+    add,
+    add_,
+    clone,
+    divide,
+    is_finite,
+    norm,
+    precision,
+    same_shapes,
+    scale_,
+    zeros_like,
+)
+
+_MARGIN = 1.05  # few conjugate gradients underestimate the largest eigenvalue by 2 to 4 %
+_SLACK = 0.2  # of the smallest: more momentum than on a system at rest, since the lag falls like its root
+_COLD, _WARM = 0.01, 0.25  # what conjugate gradients are to reach, as a share of the tolerance
+_MEMORY = 0.9  # how fast bounds are forgotten that are not met again
+
+
+@dataclass(frozen=True)
+class HeavyBall(PreconditionedBackend):
+    """Heavy ball on A u = v with u carried along: one product an outer step, and the mixed derivative with it.
+
+    The first call solves by conjugate gradients, whose coefficients also give bounds l ≤ λ_min(A), λ_max(A) ≤ h. From
+    there on, with A, v and ∂²L/∂λ∂w of the present weights,
+
+        hypergradient   ∂F/∂λ − (∂²L/∂λ∂w) u_t
+        d_{t+1} = β d_t − ρ(A u_t − v),     u_{t+1} = u_t + d_{t+1}
+        ρ = 4/(√h + √l)²,     β = ((√h − √l)/(√h + √l))²,
+
+    with A u_t and (∂²L/∂λ∂w) u_t from **one** backward through the graph of the training gradient. u_t is therefore one
+    step behind: it was made for the weights of the last outer step. The residual ‖A u_t − v‖/‖v‖ that is reported is
+    that of the u_t used, measured on the present system.
+
+    On a system at rest the error falls like √β a product, up to a factor t. On one that moves by a steady δ an outer
+    step, as weights and λ do in training, u_t trails by √(h·l)/λ·δ in an eigendirection of eigenvalue λ: that is why l
+    is taken five times smaller than the smallest Ritz value, for a lag that is less than half. ``products=n`` makes n
+    steps a call, for systems that move faster; the lag is n times shorter then, and l is n² times larger (at most the
+    Ritz value).
+
+    Where the residual is above ``tolerance``, or A turns out to have changed so much that the iteration grows, the
+    system is solved anew by conjugate gradients from the best there is, which also renews the bounds; where it is
+    always above, this is ``cg`` with a warm start. Give it the same batches, or all the data, at each call: on
+    mini-batches momentum amplifies the noise (take ``soba``). λ should move slowly beside the inner training.
+
+    ``preconditioner="adam"`` replaces A and v by M⁻¹A and M⁻¹v with M the square root of the second moment that the inner
+    optimizer keeps.
+
+    Cost: ``products`` products, the mixed derivative included; conjugate gradients at the first call and where the
+    tolerance is missed. Memory for five vectors, two of them carried.
+
+    References:
+        Polyak, "Some methods of speeding up the convergence of iteration methods", USSR Computational Mathematics and
+            Mathematical Physics 4(5), 1964.
+        Dagréou, Ablin, Vaiter, Moreau, "A framework for bilevel optimization that enables stochastic and global
+            variance reduction algorithms", NeurIPS 2022, for the solution that moves with the outer steps.
+
+    Example:
+        >>> import hyperopt_implicit as hi
+        >>> hi.get_backend("heavy_ball").products
+        1
+    """
+
+    products: Annotated[int, Field(ge=1, description="steps on the linear system at each call, one product each")] = 1
+    tolerance: Annotated[
+        float, Field(gt=0, description="above this relative residual, solve anew by conjugate gradients")
+    ] = 0.05
+    max_iterations: Annotated[
+        int, Field(ge=1, description="iterations of conjugate gradients at most, where they are needed")
+    ] = 40
+
+    card: ClassVar[Card] = Card(
+        family="one-loop",
+        gives="the theorem's value, one outer step behind; the residual is measured",
+        cost="1 product, the mixed derivative included",
+        memory="5",
+        conditions="A positive definite; the same batches at each call; λ moves slowly",
+        use="many outer steps on the whole data: the cheapest there is",
+        paper="Polyak 1964",
+    )
+
+    def solve_scaled(
+        self, operator: LinearOperator, vector: Params, state: State, diagonal: Params | None, /
+    ) -> Solution:
+        u: Params = state.get("solution", {})
+        d: Params = state.get("displacement", {})
+        if not (same_shapes(u, vector) and same_shapes(d, vector) and is_finite(u)):
+            return self._anew(operator, vector, {}, diagonal, None)
+        rate, momentum = coefficients(state["smallest"], state["largest"], self.products)
+        for _ in range(self.products - 1):
+            u, d = _step(u, d, add(vector, operator @ u, -1.0), rate, momentum, diagonal)
+        seen = measured(u, operator.multiply_and_mix(u), vector)
+        if seen.lost or seen.size > self.tolerance:
+            return self._anew(operator, vector, state, diagonal, seen)
+        u, d = _step(u, d, seen.residual, rate, momentum, diagonal)
+        carried = {**state, "solution": u, "displacement": d}
+        return Solution(seen.solution, seen.status, self.products, seen.size, carried)
+
+    def _anew(
+        self, operator: LinearOperator, vector: Params, state: State, diagonal: Params | None, seen: Measured | None
+    ) -> Solution:
+        """By conjugate gradients, from u where that is nearer than zero; with bounds for the steps to come."""
+        size = norm(vector)
+        warm = seen is not None and seen.size < 1.0
+        found = conjugate_gradients(
+            operator,
+            vector,
+            (clone(seen.solution), seen.residual) if seen is not None and warm else None,
+            target=max((_WARM if warm else _COLD) * self.tolerance, precision(vector)) * size,
+            iterations=self.max_iterations,
+            preconditioner=diagonal,
+        )
+        carried: State = {}
+        if found.smallest > 0.0 and not found.status.failed:  # never so where there was no iteration
+            carried = {
+                **_bounds(found, state),
+                "solution": clone(found.solution),
+                "displacement": zeros_like(vector),
+            }
+        return Solution(found.solution, found.status, found.count, found.size / size, carried)
+
+
+def coefficients(smallest: float, largest: float, products: int = 1) -> tuple[float, float]:
+    """ρ and β from Ritz values, for so many steps in each of which the system moves."""
+    low, high = math.sqrt(min(_SLACK * products**2, 1.0) * smallest), math.sqrt(_MARGIN * largest)
+    return 4.0 / (high + low) ** 2, ((high - low) / (high + low)) ** 2
+
+
+def _bounds(found: Iterations, state: State) -> State:
+    """Ritz values, with those of before as far as they are remembered."""
+    return {
+        "smallest": min(found.smallest, state.get("smallest", math.inf) / _MEMORY),
+        "largest": max(found.largest, state.get("largest", 0.0) * _MEMORY),
+    }
+
+
+def _step(
+    u: Params, d: Params, residual: Params, rate: float, momentum: float, diagonal: Params | None
+) -> tuple[Params, Params]:
+    force = residual if diagonal is None else divide(residual, diagonal)
+    d = add_(scale_(clone(d), momentum), force, rate)
+    return add(u, d), d

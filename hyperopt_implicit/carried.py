@@ -1,0 +1,66 @@
+"""What a backend carries from one outer step to the next: whether it still fits the problem.
+
+The state itself is the backend's own (``backend.State``). It comes back from a checkpoint, or from a caller who kept
+it, and the model may have changed in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from hyperopt_implicit.backend import State
+from hyperopt_implicit.messages import warn
+from hyperopt_implicit.vectors import Params
+
+if TYPE_CHECKING:
+    from hyperopt_implicit.problem import BilevelProblem
+
+
+def fitting(state: State, problem: BilevelProblem) -> State:
+    """The state, or an empty one, with a warning, where it holds a vector that is shaped neither like w nor like λ."""
+    spaces = [problem.params, problem.hparams]
+    for name, vector in _vectors("", state):
+        if not any(_alike(vector, space) for space in spaces):
+            warn(
+                "the state carried from earlier outer steps must fit the model: each vector in it has the names, "
+                f"shapes, dtypes and device of the trained parameters or of the hyperparameters; {name!r} has "
+                f"{_mismatch(vector, problem.params)}. It was dropped, and the next hypergradient starts cold: nothing "
+                "is wrong with that, it only costs more. Load the checkpoint into the model it was saved from to keep "
+                "it."
+            )
+            return {}
+    return state
+
+
+def _vectors(name: str, value: Any) -> Iterator[tuple[str, Params]]:
+    """The dicts of tensors that are nested in a state, with the key under which each stands."""
+    if not isinstance(value, dict):
+        return
+    if name and value and all(isinstance(x, Tensor) for x in value.values()):
+        yield name, value
+        return
+    for key, x in value.items():
+        yield from _vectors(str(key), x)
+
+
+def _alike(x: Params, y: Params) -> bool:
+    return x.keys() == y.keys() and all(
+        (x[name].shape, x[name].dtype, x[name].device) == (y[name].shape, y[name].dtype, y[name].device) for name in x
+    )
+
+
+def _mismatch(vector: Params, params: Params) -> str:
+    """Where a vector first differs from w, in words."""
+    for name, tensor in vector.items():
+        if name not in params:
+            return f"an entry {name!r}, which the model does not have"
+        p = params[name]
+        if tensor.shape != p.shape:
+            return f"{name!r} of shape {tuple(tensor.shape)}, which is {tuple(p.shape)} in the model"
+        if (tensor.dtype, tensor.device) != (p.dtype, p.device):
+            return f"{name!r} as {tensor.dtype} on {tensor.device}, which is {p.dtype} on {p.device} in the model"
+    missing = next(name for name in params if name not in vector)
+    return f"no entry {missing!r}, which the model has"
