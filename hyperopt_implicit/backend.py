@@ -96,6 +96,7 @@ class Hypergradient:
         training_loss: L there, averaged over the batches.
         state: what the backend wants to be given at its next call.
         endpoint: for a backend that differentiates through training, where that training arrived.
+        note: for a backend that decides for itself, what it has decided and why, in a line; shown where it changes.
     """
 
     gradients: Params
@@ -107,6 +108,7 @@ class Hypergradient:
     training_loss: float
     state: State = field(default_factory=dict)
     endpoint: InnerState | None = None
+    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,10 @@ class Backend(ABC):
                 f"how it was reached: backend {type(self).__name__} would see a zero gradient. Use a backend that "
                 f"differentiates through training ({through}), or make it a knob."
             )
+
+    def for_problem(self, problem: BilevelProblem) -> Backend:
+        """The backend to use on a problem: this one, unless it leaves a whole family of problems to another."""
+        return self
 
     def check_steps(self, steps: int) -> None:  # noqa: B027  (most methods take any number)
         """Refuse, before any training, a number of training batches that the method cannot work with.

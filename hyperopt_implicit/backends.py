@@ -6,6 +6,7 @@ The core never imports this file: it finds backends through their entry points.
 from hyperopt_implicit_backends import (
     F2SA,
     Amigo,
+    Auto,
     Bome,
     ConjugateGradient,
     Evolution,
@@ -29,6 +30,7 @@ from hyperopt_implicit_backends import (
 __all__ = [
     "F2SA",
     "Amigo",
+    "Auto",
     "Bome",
     "ConjugateGradient",
     "Evolution",

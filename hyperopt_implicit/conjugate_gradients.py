@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-
 from hyperopt_implicit.backend import Status
 from hyperopt_implicit.operators import LinearOperator
+from hyperopt_implicit.spectrum import extreme_eigenvalues
 from hyperopt_implicit.vectors import Params, add_, clone, divide, dot, norm, precision, scale_, zeros_like
 
 _NULL = 8  # curvature, in units of rounding, that cannot be told from none
@@ -52,7 +51,7 @@ def conjugate_gradients(
     steepest: float = 0.0,
     preconditioner: Params | None = None,
 ) -> Iterations:
-    """Solve A u = v (Hestenes, Stiefel 1952); one product an iteration, memory for four vectors.
+    """Solve A u = v (Hestenes, Stiefel 1952); one product an iteration; memory for four vectors, or five beside M.
 
     Args:
         operator: A.
@@ -60,7 +59,7 @@ def conjugate_gradients(
         start: where to begin, u and v − Au, both changed; zero where None.
         target: stop at ‖v − Au‖ no larger than this.
         iterations: at most so many.
-        steepest: a bound from below on the largest eigenvalue, against which curvature is told from rounding.
+        steepest: a bound from below on the largest eigenvalue of A, against which curvature is told from rounding.
         preconditioner: the diagonal of M, positive; the identity where None.
     """
     rounding = precision(vector)
@@ -70,19 +69,24 @@ def conjugate_gradients(
     direction = clone(scaled)
     squared = size * size if preconditioner is None else dot(residual, scaled)
     length = squared  # ⟨p, Mp⟩, by recursion: residuals are orthogonal to the directions before them
+    if preconditioner is not None:  # ⟨p, Ap⟩/⟨p, Mp⟩ ≥ ⟨p, Ap⟩/⟨p, p⟩ / max M
+        steepest /= max(float(m.max()) for m in preconditioner.values())
     status, diagonal, beside = Status.TRUNCATED, [], []
-    count, last = 0, 0.0
+    count, last, flattest = 0, 0.0, math.inf
     while count < iterations and size > target:
         product = operator @ direction
         curvature = dot(direction, product)
         if not math.isfinite(curvature):
             status = Status.NON_FINITE
             break
+        if squared == 0.0 or length == 0.0:  # squares below the range of the dtype
+            status = Status.SINGULAR
+            break
         quotient = curvature / length
         diagonal.append(curvature / squared + last)
-        steepest = max(steepest, quotient)
+        steepest, flattest = max(steepest, quotient), min(flattest, quotient)
         flat = _NULL * rounding * steepest
-        if quotient <= flat:  # a step along a flat direction would be made of rounding errors
+        if flattest <= flat:  # a step along a flat direction would be, or was, made of rounding errors
             status = Status.SINGULAR if quotient >= -flat else Status.NEGATIVE_CURVATURE
             break
         step = squared / curvature
@@ -99,20 +103,9 @@ def conjugate_gradients(
         count += 1
     if status is Status.TRUNCATED and size <= target:
         status = Status.CONVERGED
-    smallest, largest = _extremes(diagonal, beside)
+    smallest, largest = extreme_eigenvalues(diagonal, beside)
     return Iterations(solution, residual, size, status, count, smallest, largest)
 
 
 def _scaled(residual: Params, preconditioner: Params | None) -> Params:
     return residual if preconditioner is None else divide(residual, preconditioner)
-
-
-def _extremes(diagonal: list[float], beside: list[float]) -> tuple[float, float]:
-    """The extreme eigenvalues of the tridiagonal matrix of the Lanczos process (Golub, Van Loan, section 11.3)."""
-    if not diagonal or not all(map(math.isfinite, [*diagonal, *beside])):
-        return math.nan, math.nan
-    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-    for i, x in enumerate(beside[: len(diagonal) - 1]):
-        matrix[i, i + 1] = matrix[i + 1, i] = x
-    values = torch.linalg.eigvalsh(matrix)
-    return float(values[0]), float(values[-1])

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from hyperopt_implicit.problem import BilevelProblem
 
 FLOOR = 1e-2
-"""The least entry, as a share of the root mean square: weights that never had a gradient have a second moment of zero."""
+"""The least entry, as a share of the root mean square: weights that never had a gradient have a moment of zero."""
 
 
 @dataclass(frozen=True)
@@ -59,18 +59,21 @@ class PreconditionedBackend(ImplicitBackend):
             )
 
 
+def second_moments(problem: BilevelProblem) -> Params | None:
+    """The preconditioner where the inner optimizer is of Adam's kind; None where it is another."""
+    return adam_preconditioner(problem) if keeps_second_moments(problem.optimizer) else None
+
+
 def adam_preconditioner(problem: BilevelProblem) -> Params | None:
     """The square root of Adam's second moment, scaled to a mean square of 1; None before the optimizer's first step.
 
     Near a minimum, gradients of samples have a second moment that goes with the curvature, so that its root evens out
-    the eigenvalues of H.
+    the eigenvalues of H. The moment of a parameter that never had a gradient is zero.
     """
-    moments: Params = {}
-    for name, p in problem.params.items():
-        moment = problem.optimizer.state.get(p, {}).get("exp_avg_sq")
-        if moment is None:
-            return None
-        moments[name] = moment.detach()
+    state = problem.optimizer.state
+    moments = {
+        name: state.get(p, {}).get("exp_avg_sq", torch.zeros_like(p)).detach() for name, p in problem.params.items()
+    }
     mean = sum(float(m.sum()) for m in moments.values()) / sum(m.numel() for m in moments.values())
     if not 0.0 < mean < float("inf"):
         return None

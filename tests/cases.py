@@ -54,6 +54,7 @@ CASES = [
     Case("soba", 1e-5, "solution", calls=600),
     Case("saba", 1e-5, "solution", calls=600, attach_data=True),
     Case("heavy_ball", 1e-8, "solution", {"tolerance": 1e-9, "max_iterations": 200}),
+    Case("auto", 1e-8, "solution", {"tolerance": 1e-9}),
     Case("amigo", 1e-8, "solution", {"steps": 5000}),
     Case("stocbio", 1e-8, "solution", {"terms": 5000}),
 ]

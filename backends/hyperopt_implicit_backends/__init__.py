@@ -1,6 +1,7 @@
 """The backends that come with hyperopt_implicit, one a file, registered as anybody's would be."""
 
 from hyperopt_implicit_backends.amigo import Amigo
+from hyperopt_implicit_backends.auto import Auto
 from hyperopt_implicit_backends.bome import Bome
 from hyperopt_implicit_backends.cg import ConjugateGradient
 from hyperopt_implicit_backends.evolution import Evolution
@@ -24,6 +25,7 @@ from hyperopt_implicit_backends.unrolled import Unrolled
 __all__ = [
     "F2SA",
     "Amigo",
+    "Auto",
     "Bome",
     "ConjugateGradient",
     "Evolution",

@@ -38,8 +38,9 @@ _MEMORY = 0.9  # how fast bounds are forgotten that are not met again
 class HeavyBall(PreconditionedBackend):
     """Heavy ball on A u = v with u carried along: one product an outer step, and the mixed derivative with it.
 
-    The first call solves by conjugate gradients, whose coefficients also give bounds l ≤ λ_min(A), λ_max(A) ≤ h. From
-    there on, with A, v and ∂²L/∂λ∂w of the present weights,
+    The first call solves by conjugate gradients, whose coefficients also give Ritz values: estimates of the extreme
+    eigenvalues of A, from inside. h is 1.05 times the largest, and l a fifth of the smallest. From there on, with A, v
+    and ∂²L/∂λ∂w of the present weights,
 
         hypergradient   ∂F/∂λ − (∂²L/∂λ∂w) u_t
         d_{t+1} = β d_t − ρ(A u_t − v),     u_{t+1} = u_t + d_{t+1}
@@ -49,19 +50,20 @@ class HeavyBall(PreconditionedBackend):
     step behind: it was made for the weights of the last outer step. The residual ‖A u_t − v‖/‖v‖ that is reported is
     that of the u_t used, measured on the present system.
 
-    On a system at rest the error falls like √β a product, up to a factor t. On one that moves by a steady δ an outer
-    step, as weights and λ do in training, u_t trails by √(h·l)/λ·δ in an eigendirection of eigenvalue λ: that is why l
-    is taken five times smaller than the smallest Ritz value, for a lag that is less than half. ``products=n`` makes n
-    steps a call, for systems that move faster; the lag is n times shorter then, and l is n² times larger (at most the
-    Ritz value).
+    On a system at rest the error falls like √β a product, up to a factor t; the iteration is stable while all
+    eigenvalues of A are in (0, h + l). Where A⁻¹v moves by a steady δ an outer step, as it does in training, u_t trails
+    by √(h·l)/μ·δ in an eigendirection of eigenvalue μ: that is why l is taken five times smaller than the smallest Ritz
+    value, for a lag that is less than half. ``products=n`` makes n steps a call, for systems that move faster: the lag,
+    averaged over the steps of a call, is √(h·l)/μ·δ/n, and l is n²/5 times the smallest Ritz value, but not above it.
+    Two steps a call lag as one does, and come to rest in a quarter of the calls; beyond that the lag falls like 1/n.
 
     Where the residual is above ``tolerance``, or A turns out to have changed so much that the iteration grows, the
     system is solved anew by conjugate gradients from the best there is, which also renews the bounds; where it is
     always above, this is ``cg`` with a warm start. Give it the same batches, or all the data, at each call: on
     mini-batches momentum amplifies the noise (take ``soba``). λ should move slowly beside the inner training.
 
-    ``preconditioner="adam"`` replaces A and v by M⁻¹A and M⁻¹v with M the square root of the second moment that the inner
-    optimizer keeps.
+    ``preconditioner="adam"`` replaces A and v by M⁻¹A and M⁻¹v with M the square root of the second moment that the
+    inner optimizer keeps.
 
     Cost: ``products`` products, the mixed derivative included; conjugate gradients at the first call and where the
     tolerance is missed. Memory for five vectors, two of them carried.
@@ -119,36 +121,37 @@ class HeavyBall(PreconditionedBackend):
         """By conjugate gradients, from u where that is nearer than zero; with bounds for the steps to come."""
         size = norm(vector)
         warm = seen is not None and seen.size < 1.0
+        steepest = 0.0
+        if seen is not None and warm:
+            steepest = norm(add(vector, seen.residual, -1.0)) / norm(seen.solution)
         found = conjugate_gradients(
             operator,
             vector,
             (clone(seen.solution), seen.residual) if seen is not None and warm else None,
             target=max((_WARM if warm else _COLD) * self.tolerance, precision(vector)) * size,
             iterations=self.max_iterations,
+            steepest=steepest,
             preconditioner=diagonal,
         )
-        carried: State = {}
-        if found.smallest > 0.0 and not found.status.failed:  # never so where there was no iteration
-            carried = {
-                **_bounds(found, state),
-                "solution": clone(found.solution),
-                "displacement": zeros_like(vector),
-            }
-        return Solution(found.solution, found.status, found.count, found.size / size, carried)
+        return Solution(found.solution, found.status, found.count, found.size / size, begin(found, state))
+
+
+def begin(found: Iterations, state: State) -> State:
+    """What to carry after conjugate gradients; the bounds of before are remembered for a while."""
+    if found.status.failed or not found.smallest > 0.0:  # never so where there was no iteration
+        return {}
+    return {
+        "solution": clone(found.solution),
+        "displacement": zeros_like(found.solution),
+        "smallest": min(found.smallest, state.get("smallest", math.inf) / _MEMORY),
+        "largest": max(found.largest, state.get("largest", 0.0) * _MEMORY),
+    }
 
 
 def coefficients(smallest: float, largest: float, products: int = 1) -> tuple[float, float]:
     """ρ and β from Ritz values, for so many steps in each of which the system moves."""
     low, high = math.sqrt(min(_SLACK * products**2, 1.0) * smallest), math.sqrt(_MARGIN * largest)
     return 4.0 / (high + low) ** 2, ((high - low) / (high + low)) ** 2
-
-
-def _bounds(found: Iterations, state: State) -> State:
-    """Ritz values, with those of before as far as they are remembered."""
-    return {
-        "smallest": min(found.smallest, state.get("smallest", math.inf) / _MEMORY),
-        "largest": max(found.largest, state.get("largest", 0.0) * _MEMORY),
-    }
 
 
 def _step(

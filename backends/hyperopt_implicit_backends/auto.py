@@ -1,0 +1,357 @@
+"""``auto``: looks at the problem, takes a method and its options, watches it, and changes its mind."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from hyperopt_implicit.backend import Backend, Card, Hypergradient, State, Status
+from hyperopt_implicit.implicit import ImplicitBackend, Solution
+from hyperopt_implicit.messages import warn
+from hyperopt_implicit.operators import LinearOperator, validation_gradients
+from hyperopt_implicit.preconditioner import second_moments
+from hyperopt_implicit.randomness import random_states, replaying
+from hyperopt_implicit.survey import (
+    Clock,
+    Costs,
+    Spectrum,
+    fingerprint,
+    has_more_batches,
+    sampled_spectrum,
+    spectrum,
+    time_gradient,
+)
+from hyperopt_implicit.vectors import Params, add, norm
+from hyperopt_implicit_backends.cg import ConjugateGradient
+from hyperopt_implicit_backends.heavy_ball import HeavyBall, begin
+from hyperopt_implicit_backends.soba import Soba
+from hyperopt_implicit_backends.unrolled import Unrolled
+
+if TYPE_CHECKING:
+    from hyperopt_implicit.problem import BilevelProblem
+
+_LOOSE, _LOST = 5.0, 0.1  # times the tolerance, but no more than this: where heavy_ball solves anew
+_SURVEY_ITERATIONS = 60
+_SAMPLED_STEP = 0.25  # of 1/λ_max on mini-batches: the solution averages over the last batches
+_SURVEY_AGAIN = 100  # calls after which a mini-batch's largest eigenvalue is looked up again
+_RECENT, _LASTING = 10, 40  # calls over which the error may be twice the tolerance, and no more than it
+_FIRST_AUDIT, _NEXT_AUDIT = 10, 4  # after so many calls, and then after that many times as many
+_SURVEY_DEPTH, _AUDIT_DEPTH = 0.05, 0.05  # of the tolerance, and of the residual, to which they solve
+_REST = 25  # calls with conjugate gradients before heavy_ball is tried again, doubled each time that fails
+
+
+@dataclass
+class Plan:
+    """What was found out about a problem, what follows from it, and how it is going.
+
+    Attributes:
+        rung: −1 for mini-batches; otherwise 0 for heavy_ball, and 1 for conjugate gradients.
+        costs: of the parts of a hypergradient, in g.
+        what: the problem, in words.
+        damping: δ.
+        largest: the largest eigenvalue of A.
+        preconditioner: as the methods take it.
+        ratio: the hypergradient's error over the residual, as last measured.
+        error: the error when it was last measured.
+        calls: since the survey.
+        since: calls since the present method was taken.
+        audit: at how many of these the error is measured next.
+        rest: after how many of these a cheaper method is tried.
+        tried: whether the present method is such a trial.
+        recent: what the errors of the last calls are thought to be.
+        batches: a fingerprint of the last call's batches, where the problem has no data to ask.
+        same: how often in a row it was the same.
+        note: all this in a line.
+    """
+
+    rung: int
+    costs: Costs
+    what: str
+    damping: float
+    largest: float
+    preconditioner: Literal["adam"] | None = None
+    ratio: float = 1.0
+    error: float | None = None
+    calls: int = 0
+    since: int = 0
+    audit: int = _FIRST_AUDIT
+    rest: int = _REST
+    tried: bool = False
+    recent: list[float] = field(default_factory=list)
+    batches: list[float] = field(default_factory=list)
+    same: int = 0
+    note: str = ""
+
+    def take(self, rung: int) -> None:
+        """Another method, of which nothing is known yet."""
+        self.rung, self.since, self.audit, self.ratio, self.error = rung, 0, _FIRST_AUDIT, 1.0, None
+        self.recent = []
+
+    def is_outdated(self, batches: list[float]) -> bool:
+        """Whether what was found out may no longer hold; counts how often in a row the batches were the same."""
+        self.same = self.same + 1 if batches == self.batches else 0
+        if self.rung < 0:
+            return self.calls >= _SURVEY_AGAIN or (bool(batches) and self.same >= _RECENT)
+        return self.same == 0
+
+    def state(self) -> State:
+        """As numbers and words, to be carried."""
+        return {**vars(self), "costs": self.costs.state()}
+
+    @staticmethod
+    def from_state(state: State) -> Plan | None:
+        """The plan that a state holds."""
+        return Plan(**{**state, "costs": Costs(**state["costs"])}) if state else None
+
+
+@dataclass(frozen=True)
+class Auto(ImplicitBackend):
+    """Measures what the problem is like, takes the method that an expert would, and says which and why.
+
+    The first call measures, in the course of a hypergradient: what a gradient, a product and the mixed derivative cost;
+    whether the batches are all the data or a part of it, and whether the loss draws random numbers; the extreme
+    eigenvalues of A that v sees; and, where the inner optimizer is of Adam's kind, whether its second moment is a good
+    preconditioner. From that follows:
+
+    - all the data, A positive definite: ``heavy_ball`` with one product where that keeps the error below ``tolerance``,
+      else ``cg`` with a warm start and as many products as that takes.
+    - A indefinite or singular: the same with the damping δ = max(1.5·|λ_min|, 0.1·λ_max). It is reported, and what it
+      costs in accuracy with respect to A itself is a line of ``check``.
+    - mini-batches, or a random loss: ``soba`` with step size 1/(4·λ_max), a solution that averages over the last
+      batches. Further products on one mini-batch make it worse, not better.
+    - hyperparameters of the inner optimizer: ``unrolled``, through the inner steps.
+
+    It keeps watching. The residual is measured at every call, and goes into an estimate of the hypergradient's error by
+    a factor that is measured at the 10th call with a method, the 40th, the 160th and so on, by solving twenty times
+    more accurately there. Where the median estimate of 40 calls is above ``tolerance``, or that of ten above twice as much,
+    ``heavy_ball`` gives way to ``cg``, and is tried again after a while. Where A loses its definiteness, or
+    mini-batches turn up, all begins anew.
+
+    ``budget`` is the largest cost of one hypergradient in g, the forward and backward of the training loss on the same
+    batches (measured at the first call; the calls that measure cost more). It wins over ``tolerance``.
+
+    Cost: that of the method; about ten products at the first call, and up to as many at each check of the error. Memory
+    for six vectors.
+
+    References:
+        The methods' own; the choice between them rests on measurements (see the benchmarks).
+
+    Example:
+        >>> import hyperopt_implicit as hi
+        >>> hi.get_backend("auto", tolerance=0.05).budget is None
+        True
+    """
+
+    tolerance: Annotated[float, Field(gt=0, description="relative error of the hypergradient to aim at")] = 0.01
+    budget: Annotated[
+        Annotated[float, Field(gt=0)] | None,
+        Field(description="largest cost of a hypergradient, in forward and backward passes of the training loss"),
+    ] = None
+
+    card: ClassVar[Card] = Card(
+        family="one-loop",
+        gives="what the method that it took gives; the error is measured now and then",
+        cost="1 product where that is enough, conjugate gradients where not",
+        memory="6",
+        conditions="none: indefinite A is damped, and that is said",
+        use="always, until you know better",
+        paper="this library",
+    )
+
+    def for_problem(self, problem: BilevelProblem) -> Backend:
+        return Unrolled() if problem.hyperparameters.names("optimizer") else self
+
+    def hypergradient(
+        self,
+        problem: BilevelProblem,
+        training_batches: Sequence[Any],
+        validation_batch: Any,
+        state: State,
+        /,
+    ) -> Hypergradient:
+        plan, carried, spent = Plan.from_state(state.get("plan", {})), state.get("method", {}), 0
+        batches: list[float] = []
+        if problem.training_data is None:
+            batches = fingerprint([list(training_batches), validation_batch])
+        if plan is None or plan.is_outdated(batches):
+            sampled = has_more_batches(problem, training_batches) or (plan is not None and plan.batches != batches)
+            with replaying(random_states(problem.device), problem.device):
+                plan, carried, spent = self._survey(problem, training_batches, validation_batch, carried, sampled)
+        backend = self._method(plan)
+        result = backend.hypergradient(problem, training_batches, validation_batch, carried)
+        plan.calls, plan.since, plan.batches = plan.calls + 1, plan.since + 1, batches
+        status = result.status
+        if status.failed and (plan.rung >= 0 or status is not Status.NEGATIVE_CURVATURE):
+            carried = {"method": result.state}  # the problem is no longer what it was
+        else:
+            if plan.rung >= 0:
+                self._estimate(plan, backend, result)
+                if plan.since == plan.audit:
+                    spent += self._audit(plan, problem, training_batches, validation_batch, result)
+                self._reconsider(plan)
+            carried = {"plan": plan.state(), "method": result.state}
+        if status is Status.CONVERGED and plan.damping > self.damping:
+            status = Status.TRUNCATED  # not the system that was asked for
+        return dataclasses.replace(result, status=status, hvps=result.hvps + spent, state=carried, note=plan.note)
+
+    def solve(self, operator: LinearOperator, vector: Params, state: State, /) -> Solution:
+        """A system alone, of which nothing else is known, by conjugate gradients."""
+        return ConjugateGradient(self.tolerance, _SURVEY_ITERATIONS).solve(operator, vector, state)
+
+    # ---------------------------------------------------------------------------------------- what the problem is like
+
+    def _survey(
+        self,
+        problem: BilevelProblem,
+        training_batches: Sequence[Any],
+        validation_batch: Any,
+        carried: State,
+        sampled: bool,
+    ) -> tuple[Plan, State, int]:
+        """A plan, what its method is to begin with, and the products that it took."""
+        clock = Clock(problem.device)
+        one, drew = time_gradient(problem, training_batches, clock)
+        _, vector, _ = clock(lambda: validation_gradients(problem, validation_batch))
+        validation = clock.seconds / one
+        hessian = clock(lambda: self.linearise(problem, training_batches))
+        graph = clock.seconds / one
+        operator = self.damped(hessian)
+        with torch.no_grad():
+            if not 0.0 < norm(vector) < math.inf:
+                seen = Spectrum(math.nan, math.nan)
+            elif sampled or drew:
+                seen = clock(lambda: sampled_spectrum(operator, vector))
+            else:
+                seen = clock(
+                    lambda: spectrum(
+                        operator, vector, _SURVEY_DEPTH * self.tolerance, _SURVEY_ITERATIONS, second_moments(problem)
+                    )
+                )
+            product = clock.seconds / one / max(hessian.products, 1)
+            clock(lambda: hessian.mixed(vector))
+        data = "mini-batches" if sampled else "a random loss" if drew else "all the data at each call"
+        plan = Plan(
+            rung=-1 if sampled or drew else 0,
+            costs=Costs(one, validation, graph, product, clock.seconds / one),
+            what=f"{data}, {seen.words}",
+            damping=self.damping + seen.damping,
+            largest=seen.largest + seen.damping,
+            preconditioner="adam" if seen.preconditioned else None,
+        )
+        self._say(plan)
+        if seen.damping:
+            warn(
+                f"auto met {seen.words}. The hypergradient is that of the damped system: its direction can be trusted "
+                "more than its size. Train longer before the first outer step, put a weight decay into the training "
+                "loss, or choose the damping yourself with damping=."
+            )
+        if plan.rung >= 0:
+            carried = begin(seen.solved, {}) if seen.solved is not None else {}
+        return plan, carried, hessian.products
+
+    # ------------------------------------------------------------------------------------------- what follows from it
+
+    def _method(self, plan: Plan) -> ImplicitBackend:
+        """The method that a plan has arrived at."""
+        target = self.tolerance / plan.ratio
+        if plan.rung < 0:
+            step_size = _SAMPLED_STEP / plan.largest if plan.largest > 0.0 else 1.0
+            return _made(Soba, self, damping=plan.damping, step_size=step_size)
+        shared = {"damping": plan.damping, "preconditioner": plan.preconditioner}
+        if plan.rung == 0:
+            return _made(HeavyBall, self, tolerance=min(_LOOSE * target, _LOST), **shared)
+        iterations = self._affordable_iterations(plan)
+        return _made(ConjugateGradient, self, tolerance=target, max_iterations=iterations, **shared)
+
+    def _affordable_iterations(self, plan: Plan) -> int:
+        if self.budget is None:
+            return _SURVEY_ITERATIONS
+        left = self.budget - plan.costs.of(1, shared=False)  # a warm start takes a product
+        return int(left / plan.costs.product)
+
+    # ------------------------------------------------------------------------------------------------ how it is going
+
+    def _estimate(self, plan: Plan, backend: ImplicitBackend, result: Hypergradient) -> None:
+        """What the error of this call is thought to be; one that had to solve anew says that the method is too weak."""
+        residual = result.residual or 0.0
+        if isinstance(backend, HeavyBall) and result.hvps > backend.products:
+            residual = backend.tolerance
+        plan.recent = [*plan.recent, plan.ratio * residual][-_LASTING:]
+
+    def _audit(
+        self,
+        plan: Plan,
+        problem: BilevelProblem,
+        training_batches: Sequence[Any],
+        validation_batch: Any,
+        result: Hypergradient,
+    ) -> int:
+        """Measure the error of a hypergradient by a more accurate one; returns the products spent."""
+        plan.audit *= _NEXT_AUDIT
+        if not result.residual:
+            return 0
+        accurate = ConjugateGradient(
+            tolerance=_AUDIT_DEPTH * result.residual,
+            max_iterations=_SURVEY_ITERATIONS,
+            preconditioner=plan.preconditioner,
+            damping=plan.damping,
+            curvature=self.curvature,
+        )
+        better = accurate.hypergradient(
+            problem, training_batches, validation_batch, {"solution": result.state["solution"]}
+        )
+        size = norm(better.gradients)
+        if better.status is Status.CONVERGED and size > 0.0:
+            plan.error = norm(add(result.gradients, better.gradients, -1.0)) / size
+            ratio = max(plan.error / result.residual, 1e-2)
+            if plan.since > _FIRST_AUDIT:  # one call is a sample of one
+                ratio = math.sqrt(ratio * plan.ratio)
+            plan.recent = [x / plan.ratio * ratio for x in plan.recent]
+            plan.ratio = ratio
+            self._say(plan)
+        return better.hvps
+
+    def _reconsider(self, plan: Plan) -> None:
+        """Take the next method where the present one is not accurate enough, and a cheaper one after a while."""
+        if len(plan.recent) < _RECENT:
+            return
+        allowed = self.tolerance if len(plan.recent) >= _LASTING else math.inf
+        if statistics.median(plan.recent) > allowed or statistics.median(plan.recent[-_RECENT:]) > 2.0 * self.tolerance:
+            if plan.rung == 0 and self._affordable_iterations(plan) >= 1:
+                plan.rest *= 2 if plan.tried else 1
+                plan.take(1)
+                self._say(plan)
+        elif plan.rung == 1 and plan.since >= plan.rest:
+            plan.take(0)
+            plan.tried = True
+            self._say(plan)
+
+    def _say(self, plan: Plan) -> None:
+        """Put into words what was decided."""
+        cost, method = plan.costs.of(1, shared=True), "heavy_ball"
+        if plan.rung < 0:
+            method = f"soba with step_size={_SAMPLED_STEP / plan.largest if plan.largest > 0.0 else 1.0:.2g}"
+        elif plan.rung > 0:
+            cost, method = plan.costs.of(2, shared=False), f"cg to a residual of {self.tolerance / plan.ratio:.2g}"
+        note = f"auto takes {method}: {plan.what}; a product costs {plan.costs.product:.1f} g and a hypergradient "
+        note += f"{'at least' if plan.rung > 0 else 'about'} {cost:.1f} g"
+        if self.budget is not None and cost > self.budget:
+            note += f", which is the least there is and more than the budget of {self.budget:g} g"
+        if plan.error is not None:
+            note += f"; its error was {plan.error:.1%} when last measured"
+        plan.note = note + "."
+
+
+@functools.lru_cache(maxsize=64)
+def _made(method: type[ImplicitBackend], asked: Auto, **options: Any) -> ImplicitBackend:
+    """A method with its options, and those that all of them share as they were asked for; made and checked once."""
+    shared = {option.name: getattr(asked, option.name) for option in dataclasses.fields(ImplicitBackend)}
+    return method(**{**shared, **options})
