@@ -15,18 +15,24 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from hyperopt_implicit.backend import State
+from hyperopt_implicit.backend import State, Status
+from hyperopt_implicit.conjugate_gradients import Iterations, conjugate_gradients
 from hyperopt_implicit.data import number_of_batches
-from hyperopt_implicit.operators import gradients, mean_training_loss
+from hyperopt_implicit.operators import Damped, LinearOperator, gradients, mean_training_loss
 from hyperopt_implicit.randomness import random_states
-from hyperopt_implicit.vectors import Params
+from hyperopt_implicit.spectrum import lanczos
+from hyperopt_implicit.vectors import Params, norm
 
 if TYPE_CHECKING:
     from hyperopt_implicit.problem import BilevelProblem
 
 Result = TypeVar("Result")
 
-_SAMPLED = 64  # entries of a tensor by which batches are told apart
+_PRODUCTS = 20  # for the smallest eigenvalue, where it is negative
+_SAMPLED_PRODUCTS = 8  # for the largest one, on a mini-batch
+_NEGATIVE = 1e-3  # of the largest eigenvalue: what is taken for negative curvature on one mini-batch
+_CONDITION = 2.0  # by which a preconditioner has to lower the condition number to be taken
+_ENTRIES = 64  # entries of a tensor by which batches are told apart
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,83 @@ def time_gradient(
     return min(times), drew
 
 
+@dataclass(frozen=True)
+class Spectrum:
+    """What solving, or Lanczos on a mini-batch, tells of A.
+
+    Attributes:
+        smallest: the smallest Ritz value; NaN where there was nothing to solve.
+        largest: the largest.
+        damping: δ, where A is not positive definite: max(1.5·|λ_min|, 0.1·λ_max).
+        preconditioned: whether the preconditioner pays.
+        solved: where conjugate gradients arrived, with the damping and the preconditioner.
+    """
+
+    smallest: float
+    largest: float
+    damping: float = 0.0
+    preconditioned: bool = False
+    solved: Iterations | None = None
+
+    @property
+    def words(self) -> str:
+        """Of it what decides."""
+        if math.isnan(self.largest):
+            return "no validation gradient yet"
+        if self.damping:
+            kind = "an indefinite Hessian" if self.smallest < 0.0 else "a singular Hessian"
+            return f"{kind} (eigenvalues from {self.smallest:.2g} to {self.largest:.2g}), damped by {self.damping:.2g}"
+        if self.solved is None:
+            return f"largest eigenvalue {self.largest:.2g}"
+        scaled = " when preconditioned by Adam's second moment" if self.preconditioned else ""
+        return f"condition number {condition(self.solved):.2g}{scaled}"
+
+
+def spectrum(
+    operator: LinearOperator, vector: Params, tolerance: float, iterations: int, diagonal: Params | None
+) -> Spectrum:
+    """Of A on all the data, by solving A u = v; damped where that is not possible without.
+
+    Args:
+        operator: A.
+        vector: v.
+        tolerance: the relative residual to solve to.
+        iterations: of conjugate gradients, at most.
+        diagonal: of a preconditioner to try as well.
+    """
+    target = tolerance * norm(vector)
+
+    def solve(damping: float, diagonal: Params | None = None) -> Iterations:
+        damped = Damped(operator, damping) if damping else operator
+        return conjugate_gradients(damped, vector, target=target, iterations=iterations, preconditioner=diagonal)
+
+    found, damping = solve(0.0), 0.0
+    smallest = found.smallest
+    if found.status in (Status.NEGATIVE_CURVATURE, Status.SINGULAR):
+        smallest, largest = lanczos(operator, vector, _PRODUCTS)
+        damping = max(1.5 * max(-smallest, 0.0), 0.1 * largest)
+        while (found := solve(damping)).status is Status.NEGATIVE_CURVATURE:
+            damping *= 2.0  # Lanczos sees the smallest eigenvalue from above
+    preconditioned = False
+    if diagonal is not None and not found.status.failed:
+        other = solve(damping, diagonal)
+        preconditioned = not other.status.failed and condition(other) * _CONDITION < condition(found)
+        found = other if preconditioned else found
+    return Spectrum(smallest, found.largest - damping, damping, preconditioned, found)
+
+
+def sampled_spectrum(operator: LinearOperator, vector: Params) -> Spectrum:
+    """Of A on a mini-batch: its smallest eigenvalue may be a matter of the sample, unless it is far below zero."""
+    smallest, largest = lanczos(operator, vector, _SAMPLED_PRODUCTS)
+    indefinite = smallest < -_NEGATIVE * largest
+    return Spectrum(smallest, largest, max(-1.5 * smallest, 0.1 * largest) if indefinite else 0.0)
+
+
+def condition(found: Iterations) -> float:
+    """The condition number, as conjugate gradients saw it."""
+    return found.largest / found.smallest if found.smallest > 0.0 else math.inf
+
+
 def has_more_batches(problem: BilevelProblem, training_batches: Sequence[Any]) -> bool:
     """Whether the problem's data holds more than the batches of one hypergradient; False where it has no data."""
     for data, given in ((problem.training_data, len(training_batches)), (problem.validation_data, 1)):
@@ -113,7 +196,7 @@ def fingerprint(batches: Any) -> list[float]:
     for leaf in pytree.tree_leaves(batches):
         if isinstance(leaf, Tensor):
             flat = leaf.detach().reshape(-1)
-            flat = flat[:: max(len(flat) // _SAMPLED, 1)].double()
+            flat = flat[:: max(len(flat) // _ENTRIES, 1)].double()
             weights = torch.arange(1, len(flat) + 1, dtype=torch.float64, device=flat.device).sqrt()
             sums.append(torch.dot(flat, weights))
             found.append(float(leaf.numel()))

@@ -131,8 +131,8 @@ class Auto(ImplicitBackend):
 
     It keeps watching. The residual is measured at every call, and goes into an estimate of the hypergradient's error by
     a factor that is measured at the 10th call with a method, the 40th, the 160th and so on, by solving twenty times
-    more accurately there. Where the median estimate of 40 calls is above ``tolerance``, or that of ten above twice as much,
-    ``heavy_ball`` gives way to ``cg``, and is tried again after a while. Where A loses its definiteness, or
+    more accurately there. Where the median estimate of 40 calls is above ``tolerance``, or that of ten above twice as
+    much, ``heavy_ball`` gives way to ``cg``, and is tried again after a while. Where A loses its definiteness, or
     mini-batches turn up, all begins anew.
 
     ``budget`` is the largest cost of one hypergradient in g, the forward and backward of the training loss on the same
