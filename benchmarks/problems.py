@@ -67,6 +67,7 @@ def _case(
     constrain: dict[str, Callable[[Tensor], Tensor]],
     lr: float,
     damping: float = 0.0,
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
 ) -> Case:
     def make() -> hi.BilevelProblem:
         torch.manual_seed(0)
@@ -76,7 +77,7 @@ def _case(
             _cross_entropy,
             training_data=[training_batch],
             validation_data=[validation_batch],
-            optimizer=lambda params: torch.optim.SGD(params, lr=lr, momentum=0.9),
+            optimizer=optimizer or (lambda params: torch.optim.SGD(params, lr=lr, momentum=0.9)),
         )
 
     return Case(name, make, training_loss, _cross_entropy, training_batch, validation_batch, constrain, damping)
@@ -165,6 +166,48 @@ def data_cleaning() -> Case:
         _labelled(1000, (784,), 10, seed=2),
         {"sample_weights": torch.sigmoid},
         lr=0.1,
+    )
+
+
+def ill_conditioned() -> Case:
+    """P4 on features of scales from 1 to 1/30, with a tenth of its decay, trained by Adam."""
+
+    @hi.hyperparameter("sample_weights", init=torch.full((5000,), 0.5), constraint=constraints.unit_interval)
+    def training_loss(model: nn.Module, batch: tuple[Tensor, Tensor], *, sample_weights: Tensor) -> Tensor:
+        x, y = batch
+        losses = F.cross_entropy(model(x), y, reduction="none")
+        return (sample_weights * losses).mean() + 1e-3 * model.weight.square().sum()
+
+    scales = torch.logspace(0, -1.5, 784)
+    (x, y), (held_out, labels) = _labelled(5000, (784,), 10, seed=1), _labelled(1000, (784,), 10, seed=2)
+    return _case(
+        "P5 data cleaning, features of unequal scale, Adam",
+        lambda: nn.Linear(784, 10),
+        training_loss,
+        (x * scales, y),
+        (held_out * scales, labels),
+        {"sample_weights": torch.sigmoid},
+        lr=0.0,
+        optimizer=lambda params: torch.optim.Adam(params, lr=3e-3),
+    )
+
+
+def indefinite() -> Case:
+    """A perceptron that is trained for a short time with next to no decay: its Hessian has negative eigenvalues."""
+
+    @hi.hyperparameter("decay", init=torch.full((2,), 1e-3), constraint=constraints.positive)
+    def training_loss(model: nn.Module, batch: tuple[Tensor, Tensor], *, decay: Tensor) -> Tensor:
+        weights = [p for p in model.parameters() if p.dim() == 2]
+        return _cross_entropy(model, batch) + sum(d * w.square().sum() for d, w in zip(decay, weights, strict=True))
+
+    return _case(
+        "P6 perceptron 100-64-10, hardly any decay, indefinite",
+        lambda: nn.Sequential(nn.Linear(100, 64), nn.Tanh(), nn.Linear(64, 10)),
+        training_loss,
+        _labelled(1000, (100,), 10, seed=1),
+        _labelled(1000, (100,), 10, seed=2),
+        {"decay": torch.exp},
+        lr=0.05,
     )
 
 

@@ -19,15 +19,20 @@ if TYPE_CHECKING:
     from hyperopt_implicit.problem import BilevelProblem
 
 
+_HPARAMS = "the set of hyperparameters"
+
+
 def fitting(state: State, problem: BilevelProblem) -> State:
     """The state, or an empty one, with a warning, where it holds a vector that is shaped neither like w nor like λ."""
-    spaces = [problem.params, problem.hparams]
+    params, hparams = problem.params, problem.hparams
     for name, vector in _vectors("", state):
-        if not any(_alike(vector, space) for space in spaces):
+        if not _alike(vector, params) and not _alike(vector, hparams):
+            like_hparams = vector.keys() & hparams.keys() and not vector.keys() & params.keys()
+            found = _mismatch(vector, hparams, _HPARAMS) if like_hparams else _mismatch(vector, params, "the model")
             warn(
                 "the state carried from earlier outer steps must fit the model: each vector in it has the names, "
                 f"shapes, dtypes and device of the trained parameters or of the hyperparameters; {name!r} has "
-                f"{_mismatch(vector, problem.params)}. It was dropped, and the next hypergradient starts cold: nothing "
+                f"{found}. It was dropped, and the next hypergradient starts cold: nothing "
                 "is wrong with that, it only costs more. Load the checkpoint into the model it was saved from to keep "
                 "it."
             )
@@ -52,15 +57,15 @@ def _alike(x: Params, y: Params) -> bool:
     )
 
 
-def _mismatch(vector: Params, params: Params) -> str:
-    """Where a vector first differs from w, in words."""
+def _mismatch(vector: Params, space: Params, owner: str) -> str:
+    """Where a vector first differs from w or λ, in words."""
     for name, tensor in vector.items():
-        if name not in params:
-            return f"an entry {name!r}, which the model does not have"
-        p = params[name]
+        if name not in space:
+            return f"an entry {name!r}, which {owner} does not have"
+        p = space[name]
         if tensor.shape != p.shape:
-            return f"{name!r} of shape {tuple(tensor.shape)}, which is {tuple(p.shape)} in the model"
+            return f"{name!r} of shape {tuple(tensor.shape)}, which is {tuple(p.shape)} in {owner}"
         if (tensor.dtype, tensor.device) != (p.dtype, p.device):
-            return f"{name!r} as {tensor.dtype} on {tensor.device}, which is {p.dtype} on {p.device} in the model"
-    missing = next(name for name in params if name not in vector)
-    return f"no entry {missing!r}, which the model has"
+            return f"{name!r} as {tensor.dtype} on {tensor.device}, which is {p.dtype} on {p.device} in {owner}"
+    missing = next(name for name in space if name not in vector)
+    return f"no entry {missing!r}, which {owner} has"

@@ -51,9 +51,10 @@ class Places:
 
         Yields:
             The buffers, which after the call are those that the modules were left with: one may have been replaced.
+            One that was taken away stays as it was.
         """
         held = self.buffers()
-        new = {name: buffers[name] if name in buffers else _held(places).clone() for name, places in held.items()}
+        new = {name: buffers[name] if name in buffers else tensor.clone() for name, tensor in _tensors(held)}
         swaps = [(self._parameters[name], tensor) for name, tensor in parameters.items()]
         swaps += [(held[name], tensor) for name, tensor in new.items()]
         before = [(place, place[0][place[1]]) for places, _ in swaps for place in places]
@@ -62,14 +63,15 @@ class Places:
                 for owner, key in places:
                     owner[key] = tensor
             yield new
-            new.update((name, _held(places)) for name, places in held.items())
+            new.update(_tensors(held))
         finally:
             for (owner, key), tensor_before in before:
                 owner[key] = tensor_before
 
 
-def _held(places: list[Place]) -> Tensor:
-    owner, key = places[0]
-    tensor = owner[key]
-    assert tensor is not None  # only places that hold one are listed
-    return tensor
+def _tensors(places: Mapping[str, list[Place]]) -> Iterator[tuple[str, Tensor]]:
+    """What stands at the first place of each name, where anything does."""
+    for name, ((owner, key), *_) in places.items():
+        tensor = owner.get(key)
+        if tensor is not None:
+            yield name, tensor

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from hyperopt_implicit.backend import Hypergradient, Spec, State, Status, get_backend
+from hyperopt_implicit.carried import fitting
 from hyperopt_implicit.data import to_device
 from hyperopt_implicit.errors import HyperoptError, ProblemError
 from hyperopt_implicit.guarded_step import GuardedStep, OnFailure, check_policy, honest
@@ -61,7 +62,7 @@ def hypergradient(
     training, validation = _batches(problem, training_batches, validation_batch)
     chosen.check_steps(len(training))
     preflight(problem, chosen, training[0], validation)
-    return chosen.hypergradient(problem, training, validation, state or {})
+    return chosen.hypergradient(problem, training, validation, fitting(state or {}, problem))
 
 
 class HyperOptimizer:
@@ -124,6 +125,7 @@ class HyperOptimizer:
         self.optimizer = optimizer(list(problem.hparams.values()), **options)
         self.state: State = {}
         self._checked = False
+        self._tunes_the_optimizer = bool(problem.hyperparameters.names("optimizer"))
         self._guard = GuardedStep(
             self.optimizer, clip=clip, on_failure=on_failure, is_inside=problem.hyperparameters.is_inside
         )
@@ -170,15 +172,20 @@ class HyperOptimizer:
         self.state = result.state if result.status is not Status.NON_FINITE else {}
         return result
 
-    def apply(self, result: Hypergradient) -> bool:
+    def apply(self, result: Hypergradient, size: float | None = None) -> bool:
         """Move the hyperparameters by a hypergradient, as the policy for failures allows; says whether they moved.
+
+        Args:
+            result: the hypergradient.
+            size: its norm, from a caller who has computed it.
 
         Raises:
             HypergradientError: it failed, and ``on_failure="raise"``.
         """
-        moved = self._guard.apply(result, self.problem.hparams)
+        moved = self._guard.apply(result, self.problem.hparams, size)
         self.problem.hyperparameters.project_()
-        self.problem.sync_optimizer()
+        if self._tunes_the_optimizer:
+            self.problem.sync_optimizer()
         return moved
 
     def state_dict(self) -> dict[str, Any]:
@@ -190,10 +197,13 @@ class HyperOptimizer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave."""
+        """Restore what :meth:`state_dict` gave.
+
+        A backend's state that does not fit the model is dropped, with a warning.
+        """
         self.problem.hyperparameters.load_state_dict(state["hyperparameters"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.state = state["backend_state"]
+        self.state = fitting(state["backend_state"], self.problem)
         self.problem.sync_optimizer()
 
 

@@ -163,6 +163,7 @@ def spectrum(
             damping *= 2.0  # Lanczos sees the smallest eigenvalue from above
     preconditioned = False
     if diagonal is not None and not found.status.failed:
+        iterations = found.count  # one that needs more than without does not pay
         other = solve(damping, diagonal)
         preconditioned = not other.status.failed and condition(other) * _CONDITION < condition(found)
         found = other if preconditioned else found

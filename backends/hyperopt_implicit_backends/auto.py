@@ -44,7 +44,7 @@ _SAMPLED_STEP = 0.25  # of 1/λ_max on mini-batches: the solution averages over 
 _SURVEY_AGAIN = 100  # calls after which a mini-batch's largest eigenvalue is looked up again
 _RECENT, _LASTING = 10, 40  # calls over which the error may be twice the tolerance, and no more than it
 _FIRST_AUDIT, _NEXT_AUDIT = 10, 4  # after so many calls, and then after that many times as many
-_SURVEY_DEPTH, _AUDIT_DEPTH = 0.05, 0.05  # of the tolerance, and of the residual, to which they solve
+_SURVEY_DEPTH, _AUDIT_DEPTH = 0.1, 0.2  # of the tolerance, and of the residual, to which they solve
 _REST = 25  # calls with conjugate gradients before heavy_ball is tried again, doubled each time that fails
 
 
@@ -130,7 +130,7 @@ class Auto(ImplicitBackend):
     - hyperparameters of the inner optimizer: ``unrolled``, through the inner steps.
 
     It keeps watching. The residual is measured at every call, and goes into an estimate of the hypergradient's error by
-    a factor that is measured at the 10th call with a method, the 40th, the 160th and so on, by solving twenty times
+    a factor that is measured at the 10th call with a method, the 40th, the 160th and so on, by solving five times
     more accurately there. Where the median estimate of 40 calls is above ``tolerance``, or that of ten above twice as
     much, ``heavy_ball`` gives way to ``cg``, and is tried again after a while. Where A loses its definiteness, or
     mini-batches turn up, all begins anew.

@@ -31,7 +31,8 @@ class ConjugateGradient(PreconditionedBackend):
     keeps (Adam, AdamW, NAdam, RAdam), at no product. It pays where A is badly conditioned, and costs iterations where
     it is not.
 
-    Cost: one product an iteration, one more for a warm start; memory for four vectors, one of them carried.
+    Cost: one product an iteration, one more for a warm start; memory for four vectors, one of them carried, and for two
+    more with a preconditioner.
 
     References:
         Hestenes, Stiefel, "Methods of Conjugate Gradients for Solving Linear Systems", J. Res. NBS 49, 1952.
