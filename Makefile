@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: help demo ui test test-slow check lint types docs doctest serve-docs benchmark examples auxiliary clean
+.PHONY: help demo ui test test-slow check lint types docs doctest serve-docs benchmark examples auxiliary clean \
+	benchmark-steady-state benchmark-unrolled benchmark-precision benchmark-peers benchmark-runs benchmark-scaling
 
 help:
 	@echo "make demo       set up and run the demo: auxiliary learning on digits"
@@ -13,6 +14,7 @@ help:
 	@echo "make test-slow  the long versions"
 	@echo "make check      lint, strict types, docs build, doctests and the code of the docs"
 	@echo "make benchmark  cost of the backends against loops written by hand; writes docs/benchmarks.md"
+	@echo "make benchmark-steady-state, -unrolled, -precision, -peers, -runs, -scaling: the other benchmark pages"
 	@echo "make examples   run every example in full; writes docs/examples.md"
 	@echo "make auxiliary  compare all methods for auxiliary learning; writes docs/auxiliary-results.md"
 
@@ -53,6 +55,28 @@ doctest: $(VENV)/.installed
 
 benchmark: $(VENV)/.installed
 	$(BIN)/python benchmarks/hypergradient.py --write docs/benchmarks.md
+
+benchmark-steady-state: $(VENV)/.installed
+	$(BIN)/python benchmarks/steady_state_page.py --write docs/benchmarks-steady-state.md
+
+benchmark-unrolled: $(VENV)/.installed
+	$(BIN)/python benchmarks/unrolled.py --write docs/benchmarks-unrolled.md
+
+benchmark-precision: $(VENV)/.installed
+	$(BIN)/python benchmarks/low_precision.py --write docs/benchmarks-precision.md
+
+# other libraries, none of which is needed for anything else; one that does not install is left out of the page
+benchmark-peers: $(VENV)/.installed
+	for each in $$(grep -v '^#' benchmarks/peers.txt); do \
+		$(BIN)/python -m pip install --quiet --no-deps $$each || echo "$$each does not install here; left out"; \
+	done
+	$(BIN)/python benchmarks/peers.py --write docs/benchmarks-peers.md
+
+benchmark-runs: $(VENV)/.installed
+	$(BIN)/python benchmarks/runs.py --write docs
+
+benchmark-scaling: $(VENV)/.installed
+	$(BIN)/python benchmarks/scaling.py --write
 
 examples: $(VENV)/.installed
 	$(BIN)/python benchmarks/examples.py docs/examples.md

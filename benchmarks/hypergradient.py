@@ -17,6 +17,7 @@ from pathlib import Path
 
 import auxiliary
 import by_hand
+import loop
 import torch
 from problems import ALL, Case
 from timing import interleaved, keep_freed_memory
@@ -39,8 +40,8 @@ class Row:
     by_hand_ms: float
     ratio: float
     allowed: float
-    difference: float | None = None
-    memory_ratio: float | None = None
+    difference: float
+    memory_ratio: float
 
 
 def compare_backend(case: Case, what: str, spec: dict[str, object], solve: by_hand.Solver, seconds: float) -> Row:
@@ -92,47 +93,6 @@ def memory_by_terms(case: Case) -> dict[int, float]:
     return found
 
 
-def compare_loop(case: Case, outer_steps: int, inner_steps: int, repeats: int) -> Row:
-    """The steps of the whole loop with tracking on, against the loop by hand."""
-    ours, theirs = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        tracking = hi.Tracking(uri=f"sqlite:///{folder}/mlflow.db", local_copy=folder)
-        previous = Path.cwd()
-        os.chdir(folder)
-        try:
-            for repeat in range(repeats + 1):
-                problem = case.make()
-                result = hi.optimize(
-                    problem,
-                    {"name": "neumann", "terms": TERMS, "step_size": STEP_SIZE},
-                    outer_steps=outer_steps,
-                    inner_steps=inner_steps,
-                    tracking=tracking,
-                    progress=False,
-                )
-                problem = case.make()
-                raw = {name: p.detach().clone().requires_grad_() for name, p in problem.hparams.items()}
-                started = time.perf_counter()
-                by_hand.train_with_hypergradients(
-                    case,
-                    problem.model,
-                    raw,
-                    problem.optimizer,
-                    by_hand.neumann(TERMS, STEP_SIZE),
-                    outer_steps,
-                    inner_steps,
-                )
-                elapsed = time.perf_counter() - started
-                if repeat:  # the first one warms up
-                    ours.append(result.seconds)
-                    theirs.append(elapsed)
-        finally:
-            os.chdir(previous)
-    hand = statistics.median(theirs)
-    what = f"loop, {outer_steps} × ({inner_steps} inner steps + hypergradient), tracked"
-    return Row(case.name, what, hand * 1e3, statistics.median(ours) / hand, 1.05)
-
-
 def tracking_costs(calls: int = 200) -> dict[str, float]:
     """Milliseconds for which a caller is held up: by our tracker for one outer step, and by one bare ``log_metric``."""
     from mlflow import MlflowClient
@@ -179,20 +139,20 @@ def main() -> None:
         ):
             rows.append(compare_backend(case, what, spec, solve, arguments.seconds))
             print(rows[-1])
-    loop_case = ALL[1]()
-    rows.append(compare_loop(loop_case, outer_steps=20, inner_steps=10, repeats=5))
-    print(rows[-1])
-    memory = memory_by_terms(loop_case)
+    memory = memory_by_terms(ALL[1]())
     print(memory)
     costs = tracking_costs()
     print(costs)
+    loop_rows = loop.rows(arguments.seconds)
+    print(*loop_rows, sep="\n")
     auxiliary_rows = auxiliary.rows(arguments.seconds)
     print(*auxiliary_rows, sep="\n")
     if arguments.write is not None:
-        arguments.write.write_text(page(rows, memory, costs) + "\n".join(["", *auxiliary.section(auxiliary_rows)]))
+        sections = [page(rows, memory), *loop.section(loop_rows), *_tracking(costs), *auxiliary.section(auxiliary_rows)]
+        arguments.write.write_text("\n".join(sections))
 
 
-def page(rows: list[Row], memory: dict[int, float], costs: dict[str, float]) -> str:
+def page(rows: list[Row], memory: dict[int, float]) -> str:
     """The docs page."""
     lines = [
         "# Benchmarks",
@@ -213,11 +173,10 @@ def page(rows: list[Row], memory: dict[int, float], costs: dict[str, float]) -> 
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        if row.memory_ratio is not None:
-            lines.append(
-                f"| {row.problem} | `{row.what}` | {row.by_hand_ms:.1f} ms | {row.ratio:.3f} | {row.allowed:.2f} | "
-                f"{row.memory_ratio:.3f} | {row.difference:.0e} |"
-            )
+        lines.append(
+            f"| {row.problem} | `{row.what}` | {row.by_hand_ms:.1f} ms | {row.ratio:.3f} | {row.allowed:.2f} | "
+            f"{row.memory_ratio:.3f} | {row.difference:.0e} |"
+        )
     lines += [
         "",
         "Allowed is 1.05, or 1.15 where a training gradient takes under 0.5 ms; memory may be 1.1 times the loop's.",
@@ -226,26 +185,18 @@ def page(rows: list[Row], memory: dict[int, float], costs: dict[str, float]) -> 
         + ", ".join(f"{mb:.2f} MB with {terms} terms" for terms, mb in memory.items())
         + ".",
         "",
-        "## The whole loop, tracked in MLflow, against training written by hand",
-        "",
-        "| problem | what | by hand | ours / by hand | allowed |",
-        "|---|---|---|---|---|",
     ]
-    for row in rows:
-        if row.memory_ratio is None:
-            lines.append(
-                f"| {row.problem} | {row.what} | {row.by_hand_ms:.0f} ms | {row.ratio:.3f} | {row.allowed:.2f} |"
-            )
-    lines += [
-        "",
-        "Time is that of the steps; starting and ending an MLflow run, with its figures, comes once a run.",
+    return "\n".join(lines)
+
+
+def _tracking(costs: dict[str, float]) -> list[str]:
+    return [
         "",
         "For one outer step, tracking holds up its caller for "
         + ", against ".join(f"{ms:.3f} ms ({what})" for what, ms in costs.items())
         + ".",
         "",
     ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

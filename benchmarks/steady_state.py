@@ -160,9 +160,7 @@ def cold(case: Case, most: int = 80) -> dict[str, float | None]:
     def make(name: str, count: int) -> hi.Backend:
         if name == "cg":
             return hi.get_backend("cg", max_iterations=count, tolerance=0.0, warm_start=False, damping=case.damping)
-        return hi.get_backend(
-            "neumann", terms=count, step_size=step_size, measure_residual=False, damping=case.damping
-        )
+        return hi.get_backend("neumann", terms=count, step_size=step_size, measure_residual=False, damping=case.damping)
 
     found: dict[str, float | None] = {}
     for name in ("neumann", "cg"):

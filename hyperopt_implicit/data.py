@@ -48,18 +48,44 @@ def number_of_batches(data: Data) -> int | None:
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with everything that has a ``.to`` moved to the device; dicts, lists and (named) tuples are entered."""
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    return pytree.tree_map(
-        lambda leaf: leaf.to(device) if hasattr(leaf, "to") and not isinstance(leaf, nn.Module) else leaf,
-        batch,
-    )
+        return batch.to(device, non_blocking=True)  # from pinned memory, the caller need not wait
+    if type(batch) is tuple:  # the common case, at a tenth of what a tree costs
+        return tuple([to_device(each, device) for each in batch])
+    if pytree.tree_is_leaf(batch):
+        return batch.to(device) if hasattr(batch, "to") and not isinstance(batch, nn.Module) else batch
+    return pytree.tree_map(lambda leaf: to_device(leaf, device), batch)
+
+
+def bytes_of(batch: Any) -> int:
+    """The memory of all tensors in a batch of any nesting, those that objects of somebody's own type hold as well."""
+    total, seen, waiting = 0, set(), [batch]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, Tensor):
+            total += each.numel() * each.element_size()
+        elif id(each) not in seen and not isinstance(each, nn.Module):
+            seen.add(id(each))
+            if isinstance(each, Mapping):
+                waiting.extend(each.values())
+            elif isinstance(each, list | tuple):
+                waiting.extend(each)
+            elif hasattr(each, "to"):
+                waiting.extend(getattr(each, "__dict__", {}).values())
+    return total
 
 
 class BatchStream:
-    """An endless stream over re-iterable data: pass after pass, each batch moved to the device when it is taken."""
+    """An endless stream over re-iterable data: pass after pass, each batch moved to the device when it is taken.
+
+    Attributes:
+        is_list: whether the batches stand in a list, so that taking one draws no random numbers.
+        is_resident: whether they are in memory anyway, so that holding one takes none.
+    """
 
     def __init__(self, data: Data, device: torch.device, role: str) -> None:
         self._data = data
+        self.is_list = isinstance(data, list | tuple)
+        self.is_resident = self.is_list and device.type == "cpu"
         self._device = device
         self._role = role
         self._iterator: Iterator[Any] = iter(())

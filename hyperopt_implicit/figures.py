@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from hyperopt_implicit.history import MAX_ELEMENTS, History, flattened
+from hyperopt_implicit.history import MAX_ELEMENTS, OuterStep, flattened
 from hyperopt_implicit.hyperparameters import Value
 
 if TYPE_CHECKING:
@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def trajectories(history: History) -> Figure:
+def trajectories(history: Sequence[OuterStep]) -> Figure:
     """Losses, hypergradient norm and residual, and every recorded hyperparameter, over the outer steps."""
+    history = list(history)  # a history makes its records anew each time it is walked through
     names = list(dict.fromkeys(key.split("/")[0] for each in history for key in each.hyperparameters))
     figure, axes = grid(2 + len(names))
     steps = [each.step for each in history]

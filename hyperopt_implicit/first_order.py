@@ -16,8 +16,9 @@ from torch import Tensor
 
 from hyperopt_implicit.errors import BackendError
 from hyperopt_implicit.operators import validation_gradients
-from hyperopt_implicit.optimizers import apply_update, existing_slots, update_rule
+from hyperopt_implicit.optimizers import existing_slots, update_rule
 from hyperopt_implicit.randomness import random_states, replaying
+from hyperopt_implicit.updates import apply_update
 from hyperopt_implicit.vectors import Params, add, norm, same_shapes, zeros_like
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """Forward mode: the derivative of training in given directions, carried along with it; and directions to take.
 
-Where a :class:`~hyperopt_implicit.inner_loop.Trajectory` goes back through the steps and must keep them, a tangent
+Where a :class:`~hyperopt_implicit.trajectory.Trajectory` goes back through the steps and must keep them, a tangent
 ∂w_t/∂λ·d goes forward beside the weights, and only the present one is held.
 """
 
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from hyperopt_implicit.inner_loop import InnerSteps, Iterate, flat, leaves, slot_leaves
-from hyperopt_implicit.randomness import random_states
 from hyperopt_implicit.vectors import Params, clone, is_finite
 
 if TYPE_CHECKING:
@@ -90,7 +89,7 @@ def _push_step(
     del by_params, by_hparams  # the graph of L ends here, before that of the update is built
 
     params, slots = leaves(before.params), slot_leaves(before.slots)
-    new_params, new_slots = steps.update(t, params, gradient, slots, hparams, graph=True)
+    new_params, new_slots = steps.update(t, params, gradient, slots, hparams)
     inputs = {f"g:{name}": g for name, g in gradient.items()}
     inputs |= {key: x for key, x in flat(params, slots).items() if key.partition(":")[2] in gradient}
     inputs |= {f"λ:{name}": hparams[name] for name in steps.problem.hyperparameters.names("optimizer")}
@@ -101,9 +100,7 @@ def _push_step(
     ]
     moved = [tangent | new for tangent, new in zip(tangents, _jacobian_products(outputs, inputs, given), strict=True)]
     slots = {name: {key: s.detach() for key, s in each.items()} for name, each in new_slots.items()}
-    after = Iterate(
-        {name: p.detach() for name, p in new_params.items()}, slots, buffers, random_states(steps.problem.device)
-    )
+    after = Iterate({name: p.detach() for name, p in new_params.items()}, slots, buffers)
     return number, after, moved
 
 

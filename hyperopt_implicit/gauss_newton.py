@@ -37,17 +37,20 @@ class GaussNewton(Hessian):
     Args:
         problem: whose training loss.
         training_batches: the batches over which the loss is averaged, each with equal weight.
+        lowered: the dtype to which autocast lowers the products of the loss; the model's own where None.
 
     Raises:
         BackendError: at the first product, where the training loss never calls the model itself, or feeds it with its
             own outputs, so that there is no z.
     """
 
-    def __init__(self, problem: BilevelProblem, training_batches: Sequence[Any]) -> None:
-        self._problem, self._batches = problem, training_batches
+    def __init__(
+        self, problem: BilevelProblem, training_batches: Sequence[Any], lowered: torch.dtype | None = None
+    ) -> None:
+        self._problem, self._batches, self._lowered = problem, training_batches, lowered
         self._random = random_states(problem.device)
-        self._parts: _Composite | None = None
-        super().__init__(problem, training_batches)
+        self._parts: Composite | None = None
+        super().__init__(problem, training_batches, lowered)
 
     def multiply_and_mix(self, vector: Params) -> Params:
         """G·vector; the mixed derivative is of another graph."""
@@ -58,7 +61,9 @@ class GaussNewton(Hessian):
         self.products += 1
         if self._parts is None:
             with torch.enable_grad(), replaying(self._random, self._problem.device):
-                self._parts = _Composite(self._problem, self._batches)
+                params = {name: p.detach().requires_grad_() for name, p in self._problem.params.items()}
+                hparams = {name: p.detach() for name, p in self._problem.hparams.items()}
+                self._parts = Composite(self._problem, params, hparams, self._batches, self._lowered)
         product = self._parts.multiply([vector[name] for name in self._params])
         decays = self._decays
         return {
@@ -67,19 +72,34 @@ class GaussNewton(Hessian):
         }
 
 
-class _Composite:
-    """c(z(w), w) in two graphs: z over the weights, and the gradient of c over z and the weights."""
+class Composite:
+    """c(z(w), w) in two graphs: z over the weights, and the gradient of c over z and the weights.
 
-    def __init__(self, problem: BilevelProblem, batches: Sequence[Any]) -> None:
-        params = {name: p.detach().requires_grad_() for name, p in problem.params.items()}
-        hparams = {name: p.detach() for name, p in problem.hparams.items()}
+    Args:
+        problem: whose training loss.
+        params: w, which requires grad.
+        hparams: λ.
+        batches: those over which the loss is averaged.
+        lowered: the dtype of autocast, or None.
+        buffers: to be used in the place of the model's; not changed.
+    """
+
+    def __init__(
+        self,
+        problem: BilevelProblem,
+        params: Params,
+        hparams: Params,
+        batches: Sequence[Any],
+        lowered: torch.dtype | None,
+        buffers: Params | None = None,
+    ) -> None:
         self._weights = list(params.values())
         self._outputs: list[Tensor] = []  # z, with its graph over the weights
         self._cut: list[Tensor] = []  # z, where the graph of c begins
         handle = problem.model.register_forward_hook(lambda module, inputs, outputs: self._intercept(outputs))
         try:
             with twice_differentiable(problem):
-                loss = mean_training_loss(problem, params, hparams, batches)
+                loss = mean_training_loss(problem, params, hparams, batches, lowered, buffers)
         finally:
             handle.remove()
         self._check()
@@ -90,6 +110,7 @@ class _Composite:
         self._pulled = _pull_back(self._outputs, self._weights, self._cotangents, create_graph=True)
 
     def multiply(self, vector: list[Tensor]) -> list[Tensor]:
+        """G·vector."""
         pushed = _pull_back(self._pulled, self._cotangents, vector)
         curved = _pull_back(self._slopes, [*self._cut, *self._weights], [*pushed, *vector])
         back = _pull_back(self._outputs, self._weights, curved[: len(pushed)])

@@ -17,7 +17,7 @@ from torch import Tensor
 from hyperopt_implicit.backend import Hypergradient, Status
 from hyperopt_implicit.errors import HypergradientError, HyperoptError
 from hyperopt_implicit.messages import warn
-from hyperopt_implicit.vectors import Params, is_finite, norm
+from hyperopt_implicit.vectors import Params, norm
 
 OnFailure = Literal["warn", "raise", "skip"]
 
@@ -50,20 +50,28 @@ class GuardedStep:
         self._is_inside = is_inside
         self._warned: set[str] = set()
 
-    def apply(self, result: Hypergradient, hparams: Params) -> bool:
-        """One step; says whether the hyperparameters moved. ``hparams`` are their tensors, named as the gradients are.
+    def apply(self, result: Hypergradient, hparams: Params, size: float | None = None) -> bool:
+        """One step; says whether the hyperparameters moved.
+
+        Args:
+            result: the hypergradient.
+            hparams: the hyperparameters' tensors, named as the gradients are.
+            size: the norm of the hypergradient, from a caller who has computed it.
 
         Raises:
             HypergradientError: it failed, and ``on_failure="raise"``.
         """
-        usable = result.status is not Status.NON_FINITE and is_finite(result.gradients)
-        if result.status.failed or not usable:
+        size = norm(result.gradients) if size is None else size
+        usable = result.status is not Status.NON_FINITE and math.isfinite(size)
+        if not usable:
+            result = replace(result, status=Status.NON_FINITE)  # whatever the backend says of it
+        if result.status.failed:
             self._report(result)
         if not usable or (result.status.failed and self.on_failure == "skip"):
             return False
         scale = 1.0
         if self.clip is not None:
-            scale = min(1.0, self.clip / max(norm(result.gradients), torch.finfo(torch.float64).tiny))
+            scale = min(1.0, self.clip / max(size, torch.finfo(torch.float64).tiny))
         before = [p.detach().clone() for p in hparams.values()]
         for name, p in hparams.items():
             p.grad = result.gradients[name].detach() * scale

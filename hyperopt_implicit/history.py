@@ -5,8 +5,10 @@ Nothing here computes; ``optimize.py`` fills it, ``tracking.py`` and ``figures.p
 
 from __future__ import annotations
 
+import math
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -26,7 +28,7 @@ MAX_ELEMENTS = 20
 StopReason = Literal["all outer steps done", "no improvement", "stopped by a callback", "too many failed steps"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class OuterStep:
     """One outer step: where it stood before the hyperparameters moved, and what the move cost.
 
@@ -46,6 +48,7 @@ class OuterStep:
         inner_seconds: time of the inner steps; for an unrolled backend they are part of ``outer_seconds``.
         outer_seconds: time of the hypergradient and the outer optimizer.
         hyperparameters: constrained values before the move, as :func:`summarise` gives them.
+        note: what the backend has decided for itself, where it has and this is the first step with it.
     """
 
     step: int
@@ -62,32 +65,39 @@ class OuterStep:
     inner_seconds: float
     outer_seconds: float
     hyperparameters: dict[str, float]
+    note: str | None = None
 
 
 Callback = Callable[[OuterStep, "BilevelProblem"], bool | None]
 
 
-@torch.no_grad()
 def summarise(
     values: Mapping[str, Value], element_names: Mapping[str, tuple[str, ...]] | None = None
 ) -> dict[str, float]:
     """Hyperparameters as numbers: ``name`` for one element, ``name/0`` … up to 20, else min, mean and max.
 
-    Elements with names of their own are given by these, ``name/element``, however many they are.
+    Elements with names of their own are given by these, ``name/element``, however many they are. All numbers are read
+    from the device at once.
     """
-    numbers: dict[str, float] = {}
+    names: list[str] = []
+    parts: list[Tensor] = []
     for name, value in values.items():
         flat = flattened(value)
         if element_names is not None and name in element_names:
-            numbers.update((f"{name}/{each}", x) for each, x in zip(element_names[name], flat.tolist(), strict=True))
+            names += [f"{name}/{each}" for each in element_names[name]]
         elif flat.numel() == 1:
-            numbers[name] = float(flat)
+            names.append(name)
         elif flat.numel() <= MAX_ELEMENTS and isinstance(value, Tensor):
-            numbers.update((f"{name}/{i}", x) for i, x in enumerate(flat.tolist()))
+            names += [f"{name}/{i}" for i in range(flat.numel())]
         else:
             low, high = torch.aminmax(flat)
-            numbers.update({f"{name}/min": float(low), f"{name}/mean": float(flat.mean()), f"{name}/max": float(high)})
-    return numbers
+            flat = torch.stack((low, flat.mean(), high))
+            names += [f"{name}/min", f"{name}/mean", f"{name}/max"]
+        parts.append(flat)
+    if not parts:
+        return {}
+    numbers = (parts[0] if len(parts) == 1 else torch.cat(parts)).tolist()
+    return dict(zip(names, numbers, strict=True))
 
 
 def flattened(value: Value) -> Tensor:
@@ -100,6 +110,9 @@ def flattened(value: Value) -> Tensor:
 class History(Sequence[OuterStep]):
     """The outer steps of a run, in order.
 
+    They are kept as bare numbers, 128 bytes a step and 8 for each number that is recorded of a hyperparameter; an
+    :class:`OuterStep` is made when it is asked for.
+
     Example:
         >>> import hyperopt_implicit as hi
         >>> len(hi.History())
@@ -107,35 +120,98 @@ class History(Sequence[OuterStep]):
     """
 
     def __init__(self) -> None:
-        self._steps: list[OuterStep] = []
+        self._numbers = array("d")  # row after row: the fields of a step, then its hyperparameters
+        self._starts = array("q")
+        self._names: list[tuple[str, ...]] = []  # of the hyperparameters, one object for all steps that have the same
+        self._known: dict[tuple[str, ...], tuple[str, ...]] = {}
+        self._notes: dict[int, str] = {}
 
     def append(self, step: OuterStep) -> None:
-        self._steps.append(step)
+        names = tuple(step.hyperparameters)
+        if step.note is not None:
+            self._notes[len(self._starts)] = step.note
+        self._starts.append(len(self._numbers))
+        self._names.append(self._known.setdefault(names, names))
+        self._numbers.extend(
+            (
+                step.step,
+                step.training_loss,
+                step.validation_loss,
+                step.validation_loss_sweep,
+                step.hypergradient_norm,
+                _STATUSES.index(step.status),
+                step.iterations,
+                step.residual is not None,
+                math.nan if step.residual is None else step.residual,
+                step.hvps,
+                step.applied,
+                step.failed_inner_steps,
+                step.inner_seconds,
+                step.outer_seconds,
+                *step.hyperparameters.values(),
+            )
+        )
+
+    def _step(self, index: int) -> OuterStep:
+        names = self._names[index]
+        start, end = self._starts[index], self._starts[index] + _WIDTH + len(names)
+        (
+            step, training, validation, sweep, norm, status, iterations, measured, residual, hvps, applied, failed,
+            inner, outer, *values,
+        ) = self._numbers[start:end]  # fmt: skip
+        return OuterStep(
+            step=int(step),
+            training_loss=training,
+            validation_loss=validation,
+            validation_loss_sweep=sweep,
+            hypergradient_norm=norm,
+            status=_STATUSES[int(status)],
+            iterations=int(iterations),
+            residual=residual if measured else None,
+            hvps=int(hvps),
+            applied=bool(applied),
+            failed_inner_steps=int(failed),
+            inner_seconds=inner,
+            outer_seconds=outer,
+            hyperparameters=dict(zip(names, values, strict=True)),
+            note=self._notes.get(index),
+        )
+
+    @property
+    def notes(self) -> dict[int, str]:
+        """What the backend decided for itself, by the number of the outer step."""
+        return {self[index].step: note for index, note in self._notes.items()}
 
     @overload
     def __getitem__(self, index: int) -> OuterStep: ...
     @overload
     def __getitem__(self, index: slice) -> Sequence[OuterStep]: ...
     def __getitem__(self, index: int | slice) -> OuterStep | Sequence[OuterStep]:
-        return self._steps[index]
+        if isinstance(index, slice):
+            return [self._step(i) for i in range(*index.indices(len(self)))]
+        return self._step(range(len(self))[index])
 
     def __len__(self) -> int:
-        return len(self._steps)
+        return len(self._starts)
 
     def __iter__(self) -> Iterator[OuterStep]:
-        return iter(self._steps)
+        return map(self._step, range(len(self)))
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row an outer step; hyperparameters as columns ``hyperparameter/name``."""
         import pandas as pd
 
         rows: list[dict[str, Any]] = []
-        for each in self._steps:
-            row = {key: value for key, value in vars(each).items() if key != "hyperparameters"}
+        for each in self:
+            row = {field.name: getattr(each, field.name) for field in fields(each) if field.name != "hyperparameters"}
             row["status"] = each.status.value
             row.update((f"hyperparameter/{name}", x) for name, x in each.hyperparameters.items())
             rows.append(row)
         return pd.DataFrame(rows)
+
+
+_STATUSES = tuple(Status)
+_WIDTH = 14  # the numbers of a step before its hyperparameters
 
 
 @dataclass

@@ -58,7 +58,7 @@ def hypergradient(
         {'decay': tensor(-0.2500, dtype=torch.float64)}
     """
     _check_tunes_something(problem)
-    chosen = get_backend(backend)
+    chosen = get_backend(backend).for_problem(problem)
     training, validation = _batches(problem, training_batches, validation_batch)
     chosen.check_steps(len(training))
     preflight(problem, chosen, training[0], validation)
@@ -120,7 +120,7 @@ class HyperOptimizer:
                 f"hyperparameters' tensors; got an instance of {type(optimizer).__name__}."
             )
         self.problem = problem
-        self.backend = get_backend(backend)
+        self.backend = get_backend(backend).for_problem(problem)
         self.backend.check(problem)
         self.optimizer = optimizer(list(problem.hparams.values()), **options)
         self.state: State = {}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
@@ -293,7 +294,10 @@ class Hyperparameters(nn.Module):
         """Whether all values are finite, and none was rounded onto the edge of its constraint."""
         values = [transform(getattr(self, name)) for name, transform in self._transforms.items()]
         back = [transform.inv(value) for value, transform in zip(values, self._transforms.values(), strict=True)]
-        return all(bool(torch.isfinite(x).all()) for x in [*self.parameters(), *values, *back])
+        tensors = [x for x in [*self.parameters(), *values, *back] if x.numel()]
+        # the largest element of each, NaN where there is one, and all of them read at once
+        largest = torch.stack(torch._foreach_norm(tensors, math.inf)).tolist() if tensors else []
+        return all(map(math.isfinite, largest))
 
     @torch.no_grad()
     def project_(self) -> None:

@@ -1,8 +1,8 @@
 """Inner training steps: plain ones on the real model, and the same as a function that can be differentiated.
 
 Plain steps are any training loop's. :class:`InnerSteps` is the step as a function of weights, optimizer state and
-hyperparameters, on copies. A :class:`Trajectory` walks it, keeps the iterates, and carries an adjoint back through them
-one step at a time, so that no graph is longer than one step; ``forward_mode.py`` carries tangents forward with it.
+hyperparameters, on copies: taken forward, or with an adjoint pulled back through it, so that no graph is longer than
+one step. ``trajectory.py`` goes through many steps with it, backward, and ``forward_mode.py`` forward with tangents.
 """
 
 from __future__ import annotations
@@ -16,10 +16,19 @@ import torch
 from torch import Tensor
 
 from hyperopt_implicit.operators import twice_differentiable
-from hyperopt_implicit.optimizers import Slots, apply_update, existing_slots, optimizer_state, update_rule
+from hyperopt_implicit.optimizers import (
+    COUNTERS,
+    Group,
+    Slots,
+    existing_slots,
+    optimizer_state,
+    slot_bytes,
+    update_rule,
+)
 from hyperopt_implicit.problem import BilevelProblem, InnerState, write_option
-from hyperopt_implicit.randomness import random_states, replaying
-from hyperopt_implicit.vectors import Params, clone, is_finite
+from hyperopt_implicit.randomness import random_states
+from hyperopt_implicit.updates import Adjoint, adjoint_of, apply_update, update_in_place
+from hyperopt_implicit.vectors import Params
 
 if TYPE_CHECKING:
     from hyperopt_implicit.hyperparameters import Value
@@ -30,10 +39,15 @@ def train_step(problem: BilevelProblem, batch: Any, values: dict[str, Value]) ->
     loss = problem.training_loss(batch, values)
     number = float(loss.detach())
     if math.isfinite(number):
-        problem.optimizer.zero_grad(set_to_none=True)
-        loss.backward(inputs=list(problem.params.values()))
-        problem.optimizer.step()
+        descend(problem, loss)
     return number
+
+
+def descend(problem: BilevelProblem, loss: Tensor) -> None:
+    """Move the model one step of its optimizer down a loss that was computed on it, whatever that loss is."""
+    problem.optimizer.zero_grad(set_to_none=True)
+    loss.backward(inputs=list(problem.params.values()))
+    problem.optimizer.step()
 
 
 @dataclass
@@ -44,22 +58,29 @@ class Iterate:
         params: w.
         slots: what the optimizer keeps, by parameter.
         buffers: the model's.
-        random: the state of torch's generators.
     """
 
     params: Params
     slots: dict[str, Slots]
     buffers: Params
-    random: list[Tensor]
 
     @property
     def inner_state(self) -> InnerState:
         """The same, as a problem can load it."""
         return InnerState(self.params, self.buffers, optimizer_state(self.slots))
 
+    def copy(self) -> Iterate:
+        """One that shares no memory."""
+        slots = {name: {key: s.clone() for key, s in each.items()} for name, each in self.slots.items()}
+        return Iterate(
+            {name: p.clone() for name, p in self.params.items()},
+            slots,
+            {name: b.clone() for name, b in self.buffers.items()},
+        )
+
 
 class InnerSteps:
-    """The inner optimizer's step as a function of all that it depends on; changes nothing.
+    """The inner optimizer's step as a function of all that it depends on; changes nothing but the iterate it is given.
 
     An option of the optimizer that is a hyperparameter has one value, or one for each step of a walk, of which the last
     stays from there on.
@@ -75,6 +96,7 @@ class InnerSteps:
             ({key: x for key, x in group.items() if key != "params"}, names)
             for group, names in problem.parameter_groups
         ]
+        self._adjoint = adjoint_of(self._rule, [options for options, _ in self._groups])
 
     def start(self) -> Iterate:
         """A copy of the model's present state."""
@@ -84,22 +106,47 @@ class InnerSteps:
             for group, names in self._groups
             for name in names
         }
-        return Iterate(state.params, slots, state.buffers, random_states(self.problem.device))
+        return Iterate(state.params, slots, state.buffers)
+
+    def iterate_bytes(self) -> int:
+        """The memory of an iterate and the state of the generators, once every parameter has been updated."""
+        params = self.problem.params
+        held = [*params.values(), *self.problem.model.buffers(), *random_states(self.problem.device)]
+        slots = [slot_bytes(self._rule, group, params[name]) for group, names in self._groups for name in names]
+        return sum(x.numel() * x.element_size() for x in held) + sum(slots)
+
+    # ------------------------------------------------------------------------------------------------------ forward
 
     def walk(self, hparams: Params, batches: Sequence[Any]) -> Iterator[tuple[float, Iterate]]:
-        """Plain steps from the present state, one a batch: L before each, and where it led.
+        """Plain steps from the present state, one a batch: L before each, and the iterate, which the next one moves on.
 
         A step whose loss is not finite is the last.
         """
         current = self.start()
         for t, batch in enumerate(batches):
-            params, buffers = leaves(current.params), clone(current.buffers)
-            loss, gradient, _ = self.gradients(params, hparams, batch, buffers, graph=False)
-            moved, slots = self.update(t, current.params, gradient, current.slots, hparams, graph=False)
-            current = Iterate(moved, slots, buffers, random_states(self.problem.device))
-            yield float(loss), current
-            if not math.isfinite(float(loss)):
+            loss = self.advance(t, current, hparams, batch)
+            yield loss, current
+            if not math.isfinite(loss):
                 return
+
+    def advance(self, t: int, current: Iterate, hparams: Params, batch: Any) -> float:
+        """Step t, by which ``current`` is moved on in place; returns L before it.
+
+        A step that is taken again from the same iterate, with generators in the same state, is the same to the bit.
+        """
+        loss, gradient, _ = self.gradients(leaves(current.params), hparams, batch, current.buffers, graph=False)
+        with torch.no_grad():
+            tuned = self._options(hparams, t)
+            for options, held in self._groups:
+                names = [name for name in held if name in gradient]
+                update_in_place(
+                    self._rule,
+                    _with_values(options, tuned),  # as numbers, they go through the very operations of torch.optim
+                    [current.params[name] for name in names],
+                    [gradient[name] for name in names],
+                    [current.slots[name] for name in names],
+                )
+        return float(loss)
 
     def gradients(
         self,
@@ -130,20 +177,13 @@ class InnerSteps:
         return loss.detach(), by_params, by_hparams
 
     def update(
-        self,
-        t: int,
-        params: Params,
-        gradient: Params,
-        slots: dict[str, Slots],
-        hparams: Params,
-        *,
-        graph: bool,
+        self, t: int, params: Params, gradient: Params, slots: dict[str, Slots], hparams: Params
     ) -> tuple[Params, dict[str, Slots]]:
-        """The optimizer's update at step t; with ``graph``, differentiable in all its arguments.
+        """The optimizer's update at step t, differentiable in all its arguments.
 
         Like torch.optim, it leaves a parameter without a gradient alone: no decay, no momentum, no state.
         """
-        with torch.set_grad_enabled(graph):
+        with torch.enable_grad():
             tuned = self._options(hparams, t)
             new_params, new_slots = dict(params), dict(slots)
             for options, held in self._groups:
@@ -151,7 +191,7 @@ class InnerSteps:
                 moved, state = apply_update(
                     self._rule,
                     _with_values(options, tuned),
-                    tuned if graph else {},  # as numbers, they go through the very operations of torch.optim
+                    tuned,
                     [params[name] for name in names],
                     [gradient[name] for name in names],
                     [slots[name] for name in names],
@@ -160,80 +200,78 @@ class InnerSteps:
                 new_slots.update(zip(names, state, strict=True))
         return new_params, new_slots
 
-    def _options(self, hparams: Params, t: int) -> dict[str, Tensor]:
-        declarations = self.problem.hyperparameters.declarations
-        values = {
-            name: declarations[name].transform(hparams[name]).reshape(-1)
-            for name in self.problem.hyperparameters.names("optimizer")
-        }
-        return {name: value[min(t, len(value) - 1)] for name, value in values.items()}
+    # ----------------------------------------------------------------------------------------------------- backward
 
-
-class Trajectory:
-    """Inner steps from the model's present state, on copies.
-
-    Args:
-        problem: the problem; its model, optimizer and hyperparameters are read and not changed.
-        batches: one batch for each step.
-        keep: how many of the last steps can be differentiated; None for all.
-
-    Attributes:
-        losses: L before each step.
-        endpoint: the state after the last step.
-    """
-
-    def __init__(self, problem: BilevelProblem, batches: Sequence[Any], keep: int | None = None) -> None:
-        self._steps = InnerSteps(problem)
-        self._batches = batches
-        self._hparams = {name: p.detach() for name, p in problem.hparams.items()}
-        self._first_kept = 0 if keep is None else max(len(batches) - keep, 0)
-        self._iterates: list[Iterate] = []
-        self.losses: list[float] = []
-        before = self._steps.start()
-        for t, (loss, after) in enumerate(self._steps.walk(self._hparams, batches)):
-            if t >= self._first_kept:
-                self._iterates.append(before)
-            self.losses.append(loss)
-            before = after
-        self.endpoint = before.inner_state
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether every loss and the last iterate are finite."""
-        return math.isfinite(sum(self.losses)) and is_finite(self.endpoint.params)
-
-    def pull_back(self, adjoint: Params) -> tuple[Params, int]:
-        """dF/dλ through the kept steps, without the direct term, and the number of steps differentiated.
+    def pull_back(
+        self, t: int, before: Iterate, hparams: Params, batch: Any, adjoints: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], Params]:
+        """(∂Φ/∂w)ᵀp and (∂Φ/∂λ)ᵀp of step t, w and p with the optimizer's slots, under the names of ``flat``.
 
         Args:
-            adjoint: ∂F/∂w at the end of the trajectory.
+            t: the step.
+            before: where it began; its buffers are changed.
+            hparams: λ.
+            batch: the step's.
+            adjoints: p after the step; what is missing is zero.
         """
-        total = {name: torch.zeros_like(p) for name, p in self._hparams.items()}
-        adjoints: dict[str, Tensor] = {f"w:{name}": a for name, a in adjoint.items()}
-        for t in range(len(self.losses) - 1, self._first_kept - 1, -1):
-            adjoints, gradient = self._pull_back_step(t, adjoints)
-            for name, g in gradient.items():
-                total[name] += g
-        return total, len(self.losses) - self._first_kept
+        params, own = leaves(before.params), leaves(hparams)
+        _, gradient, _ = self.gradients(params, own, batch, before.buffers, graph=True)
+        found, total = self._pull_back_update(t, before, gradient, hparams, adjoints)
+        # where L is linear in a parameter, its derivative has no graph and is a constant
+        of_gradient = {name: found.pop(f"g:{name}", None) for name in gradient}
+        pairs = [(g, p) for name, g in gradient.items() if g.requires_grad and (p := of_gradient[name]) is not None]
+        if pairs:
+            pulled = torch.autograd.grad(
+                [g for g, _ in pairs], [*params.values(), *own.values()], [p for _, p in pairs], allow_unused=True
+            )
+            for name, p in zip(params, pulled, strict=False):
+                _add(found, f"w:{name}", p)
+            for name, p in zip(own, pulled[len(params) :], strict=True):
+                _add(total, name, p)
+        return found, total
 
-    def _pull_back_step(self, t: int, adjoints: dict[str, Tensor]) -> tuple[dict[str, Tensor], Params]:
-        before = self._iterates[t - self._first_kept]
-        params, slots, hparams = leaves(before.params), slot_leaves(before.slots), leaves(self._hparams)
-        with replaying(before.random, self._steps.problem.device):
-            _, gradient, _ = self._steps.gradients(params, hparams, self._batches[t], clone(before.buffers), graph=True)
-        new_params, new_slots = self._steps.update(t, params, gradient, slots, hparams, graph=True)
-        inputs = flat(params, slots)
-        outputs = {key: x for key, x in flat(new_params, new_slots).items() if key in adjoints and x.requires_grad}
+    def _pull_back_update(
+        self, t: int, before: Iterate, gradient: Params, hparams: Params, adjoints: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The adjoints of w, the slots and, as ``g:…``, the gradient, through the update alone; and those of λ."""
+        tuned = self.problem.hyperparameters.names("optimizer")
+        if self._adjoint is not None and not tuned:
+            return self._written_out(self._adjoint, before, gradient, adjoints), {}
+        params, own = leaves(before.params), leaves({name: hparams[name] for name in tuned})
+        inputs, slots = leaves(gradient), slot_leaves(before.slots)
+        moved, after = self.update(t, params, inputs, slots, {**hparams, **own})
+        outputs = {key: x for key, x in flat(moved, after).items() if key in adjoints and x.requires_grad}
+        of = {**flat(params, slots), **{f"g:{name}": g for name, g in inputs.items()}}
         if not outputs:
             return {}, {}
-        grads = torch.autograd.grad(
+        pulled = torch.autograd.grad(
             list(outputs.values()),
-            [*inputs.values(), *hparams.values()],
+            [*of.values(), *own.values()],
             [adjoints[key] for key in outputs],
             allow_unused=True,
-            materialize_grads=True,
         )
-        return dict(zip(inputs, grads, strict=False)), dict(zip(hparams, grads[len(inputs) :], strict=True))
+        found = {key: p for key, p in zip(of, pulled, strict=False) if p is not None}
+        return found, {name: p for name, p in zip(own, pulled[len(of) :], strict=True) if p is not None}
+
+    def _written_out(
+        self, adjoint: Adjoint, before: Iterate, gradient: Params, adjoints: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        of: dict[str, Slots] = {}
+        for key, p in adjoints.items():
+            what, _, name = key.partition(":")
+            of.setdefault(name, {})[what] = p
+        for options, held in self._groups:
+            for name in held:
+                if name in gradient and "w" in of.get(name, {}):
+                    w, g = before.params[name], gradient[name].detach()
+                    of[name] = adjoint(options, w, g, before.slots[name], of[name])
+        return {f"{what}:{name}": p for name, each in of.items() for what, p in each.items()}
+
+    def _options(self, hparams: Params, t: int) -> dict[str, Tensor]:
+        names = self.problem.hyperparameters.names("optimizer")
+        declarations = self.problem.hyperparameters.declarations
+        values = {name: declarations[name].transform(hparams[name]).reshape(-1) for name in names}
+        return {name: value[min(t, len(value) - 1)] for name, value in values.items()}
 
 
 def leaves(x: Params) -> Params:
@@ -242,22 +280,28 @@ def leaves(x: Params) -> Params:
 
 
 def slot_leaves(slots: dict[str, Slots]) -> dict[str, Slots]:
-    """The same for what the optimizer keeps; its step counters are constants."""
+    """The same for what the optimizer keeps; what only counts steps is constant."""
     return {
-        name: {key: s if key == "step" else s.detach().requires_grad_() for key, s in each.items()}
+        name: {key: s if key in COUNTERS else s.detach().requires_grad_() for key, s in each.items()}
         for name, each in slots.items()
     }
 
 
 def flat(params: Params, slots: dict[str, Slots]) -> dict[str, Tensor]:
-    """Parameters and slots side by side, without the step counters: what a derivative of a step is carried in."""
+    """Parameters and slots side by side, without what counts steps: what a derivative of a step is carried in."""
     found = {f"w:{name}": p for name, p in params.items()}
     for name, each in slots.items():
-        found.update((f"{key}:{name}", s) for key, s in each.items() if key != "step")
+        found.update((f"{key}:{name}", s) for key, s in each.items() if key not in COUNTERS)
     return found
 
 
-def _with_values(options: dict[str, Any], tuned: dict[str, Tensor]) -> dict[str, Any]:
+def _add(to: dict[str, Tensor], key: str, x: Tensor | None) -> None:
+    """Out of place: autograd may hand out one tensor for two inputs."""
+    if x is not None:
+        to[key] = to[key] + x if key in to else x
+
+
+def _with_values(options: Group, tuned: dict[str, Tensor]) -> Group:
     group = {key: x.clone() if isinstance(x, Tensor) else x for key, x in options.items()}
     for name, value in tuned.items():
         write_option(group, name, float(value.detach()))

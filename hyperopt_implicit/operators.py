@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -168,26 +168,57 @@ class Hessian(LossHessian):
     Args:
         problem: whose training loss.
         training_batches: the batches over which the loss is averaged, each with equal weight.
+        lowered: the dtype to which autocast lowers the products of the loss; the model's own where None.
     """
 
-    def __init__(self, problem: BilevelProblem, training_batches: Sequence[Any]) -> None:
+    def __init__(
+        self, problem: BilevelProblem, training_batches: Sequence[Any], lowered: torch.dtype | None = None
+    ) -> None:
         params = {name: p.detach().requires_grad_() for name, p in problem.params.items()}
         hparams = {name: p.detach().requires_grad_() for name, p in problem.hparams.items()}
         with torch.enable_grad(), twice_differentiable(problem):  # the caller may be inside torch.no_grad()
-            loss = mean_training_loss(problem, params, hparams, training_batches)
+            loss = mean_training_loss(problem, params, hparams, training_batches, lowered)
             super().__init__(loss, params, hparams, problem.weight_decays)
 
 
-def mean_training_loss(problem: BilevelProblem, params: Params, hparams: Params, batches: Sequence[Any]) -> Tensor:
-    """L(w, λ) averaged over batches, each with equal weight; with its graph."""
-    losses = [problem.functional_training_loss(params, hparams, batch) for batch in batches]
+def mean_training_loss(
+    problem: BilevelProblem,
+    params: Params,
+    hparams: Params,
+    batches: Sequence[Any],
+    lowered: torch.dtype | None = None,
+    buffers: Params | None = None,
+) -> Tensor:
+    """L(w, λ) averaged over batches, each with equal weight; with its graph.
+
+    Args:
+        problem: whose training loss.
+        params: w.
+        hparams: λ.
+        batches: at least one.
+        lowered: the dtype to which autocast lowers products; the model's own where None.
+        buffers: to be used in the place of the model's; not changed.
+    """
+    with nullcontext() if lowered is None else torch.autocast(problem.device.type, lowered):
+        losses = [
+            problem.functional_training_loss(
+                params, hparams, batch, None if buffers is None else {name: b.clone() for name, b in buffers.items()}
+            )
+            for batch in batches
+        ]
     return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
 
 def validation_gradients(
-    problem: BilevelProblem, validation_batch: Any, at: Params | None = None, buffers: Params | None = None
+    problem: BilevelProblem,
+    validation_batch: Any,
+    at: Params | None = None,
+    buffers: Params | None = None,
+    lowered: torch.dtype | None = None,
 ) -> tuple[float, Params, Params]:
     """F, v = ∂F/∂w and the direct term ∂F/∂λ, at the weights ``at`` or else the model's present ones.
+
+    Products of F are lowered by autocast to the dtype ``lowered`` where that is given.
 
     Autograd may hand out one tensor for two inputs that only enter as a sum, so none of them may be changed in place.
     """
@@ -195,7 +226,8 @@ def validation_gradients(
     hparams = {name: p.detach().requires_grad_() for name, p in problem.hparams.items()}
     inputs = {("w", name): p for name, p in params.items()} | {("λ", name): p for name, p in hparams.items()}
     with torch.enable_grad():
-        loss = problem.functional_validation_loss(params, hparams, validation_batch, buffers)
+        with nullcontext() if lowered is None else torch.autocast(problem.device.type, lowered):
+            loss = problem.functional_validation_loss(params, hparams, validation_batch, buffers)
         derivatives = gradients(loss, inputs, create_graph=False)
     return (
         float(loss.detach()),

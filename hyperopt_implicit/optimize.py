@@ -57,6 +57,11 @@ def optimize(
     Each outer step trains for ``inner_steps``, computes the hypergradient of the validation loss there, and moves the
     hyperparameters. The problem's model, optimizer and hyperparameters are changed in place, as in any training loop.
 
+    Inner steps do not wait for the device: their losses are read together, once in up to 64 steps (fewer where batches
+    are large), and the numbers of a record once an outer step. An inner step whose loss is not finite is left out all
+    the same: the steps that were read together with it are then taken again, one by one, with the same random numbers
+    of torch, so that a training loss may be called twice on a batch.
+
     Args:
         problem: the bilevel problem, with training and validation data.
         backend: how the hypergradient is computed: a name (see ``hyperopt-implicit backends``), a dict of a name and
@@ -167,9 +172,9 @@ def optimize(
             with ProgressBar(outer_steps, progress) as bar:
                 run.warm_up(warmup_steps)
                 for step in range(outer_steps):
-                    run.advance(step)
-                    tracker.log_step(run.history[-1])
-                    bar.update(run.history[-1])
+                    record = run.advance(step)
+                    tracker.log_step(record)
+                    bar.update(record)
                     if run.stop_reason is not None:
                         break
         except BaseException as error:

@@ -1,23 +1,16 @@
-"""The inner optimizers' updates as differentiable functions: torch.optim's own functional forms, their traps closed.
+"""The inner optimizers' updates as functions: torch.optim's own functional forms, and how each is to be called.
 
 A table says, for each optimizer class, which function computes its update, which state it keeps for a parameter, and
-which options can be hyperparameters. ``inner_loop.py`` walks through training with it.
-
-Three things in torch.optim stop or corrupt a derivative, and are handled here:
-
-- SGD detaches the gradient that its first momentum buffer is made of: the buffer is prepared so that it is never
-  missing.
-- Adam and its kin take the square root of a second moment that is exactly zero where a gradient has been zero so far,
-  where the derivative is infinite and poisons everything with NaN: the derivative there is taken as zero, its value is
-  unchanged.
-- options enter some updates as Python numbers (``alpha=-lr``), which drop or refuse a graph. Every update is affine in
-  the learning rate, and weight decay only changes the gradient or shrinks the parameter, so both are applied outside.
+which options can be hyperparameters. ``updates.py`` takes updates by it and differentiates them, and
+``inner_loop.py`` walks through training with those.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,16 +18,24 @@ from torch import Tensor
 from torch.optim.adadelta import adadelta
 from torch.optim.adagrad import adagrad
 from torch.optim.adam import adam
+from torch.optim.adamax import adamax
+from torch.optim.asgd import asgd
 from torch.optim.nadam import nadam
 from torch.optim.radam import radam
 from torch.optim.rmsprop import rmsprop
+from torch.optim.rprop import rprop
 from torch.optim.sgd import sgd
-from torch.overrides import TorchFunctionMode
 
 from hyperopt_implicit.errors import ProblemError
 
 Group = dict[str, Any]
 Slots = dict[str, Tensor]
+
+SCALARS = ("step", "mu_product", "eta", "mu")
+"""Slots that are one number for each parameter; torch.optim keeps them in its own dtype."""
+
+COUNTERS = ("step", "mu_product", "mu")
+"""Those of them that depend on the number of steps alone, and have no derivative."""
 
 
 @dataclass(frozen=True)
@@ -44,20 +45,24 @@ class UpdateRule:
     Attributes:
         function: torch.optim's functional form.
         slots: what is kept for each parameter: the key in ``optimizer.state``, and the argument of ``function``.
-        options: keyword options that are passed on from the parameter group.
         lists: arguments of ``function`` that take a list, empty where no slot fills them.
-        tunable: options that can be hyperparameters beside ``lr`` and ``weight_decay``.
-        initial: what a slot starts from.
+        tunable: options that can be hyperparameters beside ``weight_decay``.
+        initial: what a slot starts from, where that is not zero; the learning rate may be a tensor with its graph.
         steps: whether a step counter is kept.
+        roots: whether the update takes square roots of what can be zero.
+        affine: whether the update is affine in the learning rate.
+        signs_only: whether only the signs of the gradient enter, so that the derivative with respect to it is zero.
     """
 
     function: Callable[..., None]
     slots: Callable[[Group], dict[str, str]]
-    options: tuple[str, ...]
     lists: tuple[str, ...]
-    tunable: tuple[str, ...] = ()
-    initial: Callable[[Group, str], float] = lambda group, key: 0.0
+    tunable: tuple[str, ...] = ("lr",)
+    initial: Callable[[Group, Any], dict[str, Any]] = lambda group, lr: {}
     steps: bool = True
+    roots: bool = True
+    affine: bool = True
+    signs_only: bool = False
 
 
 def _moments(group: Group) -> dict[str, str]:
@@ -68,18 +73,33 @@ _RULES: dict[type[torch.optim.Optimizer], UpdateRule] = {
     torch.optim.SGD: UpdateRule(
         sgd,
         slots=lambda group: {"momentum_buffer": "momentum_buffer_list"} if group["momentum"] else {},
-        options=("momentum", "dampening", "nesterov"),
         lists=("momentum_buffer_list",),
-        tunable=("momentum",),
+        tunable=("lr", "momentum"),
         steps=False,
+        roots=False,
     ),
     torch.optim.Adam: UpdateRule(
         adam,
-        slots=_moments,
-        options=("amsgrad", "betas", "eps"),
+        slots=lambda group: {
+            **_moments(group),
+            **({"max_exp_avg_sq": "max_exp_avg_sqs"} if group["amsgrad"] else {}),
+        },
         lists=("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"),
-        tunable=("beta1", "beta2", "eps"),
+        tunable=("lr", "beta1", "beta2", "eps"),
     ),
+    torch.optim.Adamax: UpdateRule(
+        adamax,
+        slots=lambda group: {"exp_avg": "exp_avgs", "exp_inf": "exp_infs"},
+        lists=("exp_avgs", "exp_infs"),
+        roots=False,
+    ),
+    torch.optim.NAdam: UpdateRule(
+        nadam,
+        slots=lambda group: {**_moments(group), "mu_product": "mu_products"},
+        lists=("exp_avgs", "exp_avg_sqs", "mu_products"),
+        initial=lambda group, lr: {"mu_product": 1.0},
+    ),
+    torch.optim.RAdam: UpdateRule(radam, slots=_moments, lists=("exp_avgs", "exp_avg_sqs")),
     torch.optim.RMSprop: UpdateRule(
         rmsprop,
         slots=lambda group: {
@@ -87,54 +107,68 @@ _RULES: dict[type[torch.optim.Optimizer], UpdateRule] = {
             **({"momentum_buffer": "momentum_buffer_list"} if group["momentum"] else {}),
             **({"grad_avg": "grad_avgs"} if group["centered"] else {}),
         },
-        options=("alpha", "eps", "momentum", "centered"),
         lists=("square_avgs", "grad_avgs", "momentum_buffer_list"),
-        tunable=("momentum",),
+        tunable=("lr", "momentum"),
     ),
     torch.optim.Adagrad: UpdateRule(
         adagrad,
         slots=lambda group: {"sum": "state_sums"},
-        options=("lr_decay", "eps"),
         lists=("state_sums",),
-        initial=lambda group, key: float(group["initial_accumulator_value"]),
+        initial=lambda group, lr: {"sum": group["initial_accumulator_value"]},
     ),
-    torch.optim.NAdam: UpdateRule(
-        nadam,
-        slots=lambda group: {**_moments(group), "mu_product": "mu_products"},
-        options=("betas", "eps", "momentum_decay"),
-        lists=("exp_avgs", "exp_avg_sqs", "mu_products"),
-        initial=lambda group, key: float(key == "mu_product"),
-    ),
-    torch.optim.RAdam: UpdateRule(radam, slots=_moments, options=("betas", "eps"), lists=("exp_avgs", "exp_avg_sqs")),
     torch.optim.Adadelta: UpdateRule(
         adadelta,
         slots=lambda group: {"square_avg": "square_avgs", "acc_delta": "acc_deltas"},
-        options=("rho", "eps"),
         lists=("square_avgs", "acc_deltas"),
+    ),
+    torch.optim.ASGD: UpdateRule(
+        asgd,
+        slots=lambda group: {"ax": "axs", "eta": "etas", "mu": "mus"},
+        lists=("axs", "etas", "mus"),
+        initial=lambda group, lr: {"eta": lr, "mu": 1.0},
+        roots=False,
+        affine=False,
+    ),
+    torch.optim.Rprop: UpdateRule(
+        rprop,
+        slots=lambda group: {"prev": "prevs", "step_size": "step_sizes"},
+        lists=("prevs", "step_sizes"),
+        initial=lambda group, lr: {"step_size": lr},
+        roots=False,
+        affine=False,
+        signs_only=True,
     ),
 }
 _RULES[torch.optim.AdamW] = _RULES[torch.optim.Adam]
+
+_WITHOUT: dict[type[torch.optim.Optimizer], str] = {
+    torch.optim.Adafactor: "it takes the norms of weights and update as Python numbers, so that their part of the "
+    "derivative is lost",
+    torch.optim.Muon: "it computes its step in bfloat16, whose rounding hides the derivative",
+    torch.optim.LBFGS: "it evaluates the loss as often as its line search needs, and has no functional form",
+    torch.optim.SparseAdam: "it takes sparse gradients, which have no second derivative",
+}
+
+
+def optimizer_names() -> str:
+    """The optimizer classes whose updates can be differentiated, as prose."""
+    return ", ".join(sorted(each.__name__ for each in _RULES))
 
 
 def update_rule(optimizer: torch.optim.Optimizer) -> UpdateRule:
     """The rule for an optimizer.
 
     Raises:
-        ProblemError: no functional form of this class, or of one of its settings, can be differentiated.
+        ProblemError: no functional form of this class can be differentiated.
     """
     rule = _RULES.get(type(optimizer))
     if rule is None:
-        known = ", ".join(sorted(each.__name__ for each in _RULES))
+        why = next((f" ({reason})" for kind, reason in _WITHOUT.items() if type(optimizer) is kind), "")
         raise ProblemError(
             f"differentiating through training needs an inner optimizer that torch.optim offers in functional form: "
-            f"{known}; got {type(optimizer).__name__}. Use one of these, or an implicit backend ('cg', 'neumann')."
+            f"{optimizer_names()}; got {type(optimizer).__name__}{why}. Use one of these, or an implicit backend "
+            "('cg', 'neumann')."
         )
-    for group in optimizer.param_groups:
-        if group.get("amsgrad"):
-            raise ProblemError(
-                "differentiating through Adam with amsgrad=True is not supported: torch's functional form changes "
-                "its running maximum in place. Set amsgrad=False, or use an implicit backend ('cg', 'neumann')."
-            )
     return rule
 
 
@@ -145,7 +179,9 @@ def check_tunable(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> Non
         ProblemError: with the options that can be tuned.
     """
     rule = update_rule(optimizer)
-    tunable = ("lr", "weight_decay", *rule.tunable)
+    tunable = [*rule.tunable]
+    if all("weight_decay" in group for group in optimizer.param_groups):
+        tunable.insert(1, "weight_decay")
     for name in names:
         if name not in tunable:
             raise ProblemError(
@@ -161,117 +197,74 @@ def check_tunable(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> Non
                 )
 
 
+@cache
+def accepted(function: Callable[..., None]) -> frozenset[str]:
+    """The names of a functional form's arguments."""
+    return frozenset(inspect.signature(function).parameters)
+
+
+def options_of(rule: UpdateRule, group: Group) -> Group:
+    """The options of a parameter group under the names of the functional form's arguments."""
+    named = {**group}
+    for key, parts in _PAIRS.items():
+        if key in group:
+            named.update(zip(parts, named.pop(key), strict=True))
+    apart = ("params", "foreach", "fused", "capturable", "differentiable")
+    names = accepted(rule.function)
+    return {key: x for key, x in named.items() if key in names and key not in apart}
+
+
+_PAIRS = {
+    "betas": ("beta1", "beta2"),
+    "etas": ("etaminus", "etaplus"),
+    "step_sizes": ("step_size_min", "step_size_max"),
+}
+"""Options that torch.optim keeps two by two."""
+
+
+# ----------------------------------------------------------------------------------------------- what is kept
+
+
+def scalar_dtype() -> torch.dtype:
+    """In which torch.optim keeps step counters and other numbers."""
+    return torch.float64 if torch.get_default_dtype() is torch.float64 else torch.float32
+
+
 def existing_slots(rule: UpdateRule, group: Group, state: dict[str, Any]) -> Slots:
     """What torch.optim keeps for one parameter as tensors; empty where it has not been updated yet."""
     slots = {key: state[key].detach().clone() for key in rule.slots(group) if state.get(key) is not None}
     if rule.steps and slots:
-        slots["step"] = _scalar(float(state["step"]))
+        step = state["step"]
+        slots["step"] = step.detach().clone() if isinstance(step, Tensor) else torch.tensor(float(step))
     return slots
 
 
-def _first_slots(rule: UpdateRule, group: Group, grad: Tensor) -> Slots:
-    """What the first update of a parameter starts from."""
+def first_slots(rule: UpdateRule, group: Group, lr: Any, grad: Tensor) -> dict[str, Any]:
+    """What torch.optim starts from at the first update of a parameter; SGD's first buffer is made by the update."""
     if rule.function is sgd:
-        # the update makes momentum·buffer + (1 − dampening)·grad of it; the first buffer has to come out as grad
-        return {"momentum_buffer": grad * (group["dampening"] / group["momentum"])} if group["momentum"] else {}
-    start = {key: rule.initial(group, key) for key in rule.slots(group)}
-    slots = {key: _scalar(x) if key == "mu_product" else torch.full_like(grad, x).detach() for key, x in start.items()}
-    return {**slots, "step": _scalar(0.0)}
+        return dict.fromkeys(rule.slots(group))
+    initial = rule.initial(group, lr)
+    slots = {key: _filled(key, initial.get(key, 0.0), grad) for key in rule.slots(group)}
+    return {**slots, "step": torch.tensor(0.0, dtype=scalar_dtype())}
 
 
-def _scalar(value: float) -> Tensor:
-    # in float64: torch's differentiable forms take the bias corrections from this tensor, not from a Python number
-    return torch.tensor(value, dtype=torch.float64)
+def _filled(key: str, value: Any, grad: Tensor) -> Tensor:
+    if isinstance(value, Tensor):  # it may have a graph
+        return value.reshape(()).to(scalar_dtype()) if key in SCALARS else torch.zeros_like(grad) + value
+    if key in SCALARS:
+        return torch.tensor(float(value), dtype=scalar_dtype())
+    return torch.full_like(grad, float(value)).detach()
+
+
+def slot_bytes(rule: UpdateRule, group: Group, param: Tensor) -> int:
+    """The memory of all that is kept for one parameter."""
+    keys = [*rule.slots(group), *(["step"] if rule.steps else [])]
+    return sum(scalar_dtype().itemsize if key in SCALARS else param.numel() * param.element_size() for key in keys)
 
 
 def optimizer_state(slots: dict[str, Slots]) -> dict[str, dict[str, Any]]:
     """The slots of all parameters in the form in which torch.optim keeps them."""
-    dtype = torch.float64 if torch.get_default_dtype() is torch.float64 else torch.float32  # torch.optim's choice
     return {
-        name: {key: value.to(dtype) if key in ("step", "mu_product") else value for key, value in each.items()}
+        name: {key: value.to(scalar_dtype()) if key in SCALARS else value for key, value in each.items()}
         for name, each in slots.items()
     }
-
-
-def apply_update(
-    rule: UpdateRule,
-    group: Group,
-    tuned: dict[str, Tensor],
-    params: list[Tensor],
-    grads: list[Tensor],
-    slots: list[Slots],
-) -> tuple[list[Tensor], list[Slots]]:
-    """One update of one parameter group, out of place and differentiable.
-
-    Args:
-        rule: which update.
-        group: the options of the group, as in ``optimizer.param_groups``.
-        tuned: options that are hyperparameters, with their graph; they take precedence.
-        params: the parameters before.
-        grads: their gradients.
-        slots: the optimizer's state of each, empty before its first update; not changed.
-
-    Returns:
-        The parameters and the state after the update.
-    """
-    lr: Any = tuned.get("lr", group["lr"])
-    decay: Any = tuned.get("weight_decay", group["weight_decay"])
-    if group.get("maximize"):
-        grads = [-g for g in grads]
-    if isinstance(decay, Tensor) or decay != 0:
-        if group.get("decoupled_weight_decay"):
-            params = [p * (1 - lr * decay) for p in params]
-        else:
-            grads = [g + decay * p for g, p in zip(grads, params, strict=True)]
-    moved = [p.clone() for p in params]
-    state = [
-        {key: value.clone() for key, value in each.items()} or _first_slots(rule, group, g)
-        for each, g in zip(slots, grads, strict=True)
-    ]
-    lists: dict[str, Any] = {name: [] for name in rule.lists}
-    for key, argument in rule.slots(group).items():
-        lists[argument] = [each[key] for each in state]
-    if rule.steps:
-        lists["state_steps"] = [each["step"] for each in state]
-    options = _options(rule, group, tuned)
-    scaled = isinstance(lr, Tensor)
-    with _SafeSquareRoot():
-        grads_name = "d_p_list" if rule.function is sgd else "grads"
-        rule.function(
-            params=moved,
-            **{grads_name: [g.clone() for g in grads]},
-            **lists,
-            **options,
-            lr=1.0 if scaled else lr,
-            weight_decay=0.0,
-            foreach=False,
-        )
-    if scaled:
-        moved = [p + lr * (m - p) for p, m in zip(params, moved, strict=True)]
-    return moved, state
-
-
-def _options(rule: UpdateRule, group: Group, tuned: dict[str, Tensor]) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    for name in rule.options:
-        if name == "betas":
-            options["beta1"] = tuned.get("beta1", group["betas"][0])
-            options["beta2"] = tuned.get("beta2", group["betas"][1])
-        else:
-            options[name] = tuned.get(name, group[name])
-    if rule.function is not sgd:
-        options["differentiable"] = True
-    if rule.function is not radam and rule.function is not nadam:
-        options["maximize"] = False
-    return options
-
-
-class _SafeSquareRoot(TorchFunctionMode):
-    """√x with derivative zero at x = 0 instead of infinity; the values are the same to the bit."""
-
-    def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in (torch.Tensor.sqrt, torch.Tensor.sqrt_, torch.sqrt) and args[0].requires_grad:
-            x = args[0]
-            zero = x == 0
-            return torch.where(zero, x * 0.0, torch.where(zero, 1.0, x).sqrt())
-        return function(*args, **(kwargs or {}))

@@ -11,19 +11,18 @@ import warnings
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hyperopt_implicit.backend import Hypergradient, Status
 from hyperopt_implicit.data import number_of_batches
 from hyperopt_implicit.history import Callback, History, OuterStep, Result, StopReason, summarise
 from hyperopt_implicit.hyper_optimizer import HyperOptimizer
 from hyperopt_implicit.hyperparameters import Value
-from hyperopt_implicit.inner_loop import train_step
 from hyperopt_implicit.messages import warn
-from hyperopt_implicit.problem import InnerState
+from hyperopt_implicit.plain_training import PlainTraining
+from hyperopt_implicit.snapshot import Copies, Snapshot
 from hyperopt_implicit.vectors import is_finite, norm
 
 
@@ -45,33 +44,50 @@ class OuterLoop:
         self.inner_steps = inner_steps
         self.hessian_batches = hessian_batches
         self.schedulers = schedulers
-        self._initial = self.problem.inner_state() if restart else None
+        self._plain = PlainTraining(self.problem, self.training)
+        self._initial: Snapshot | None = None
+        if restart:
+            self._initial = Snapshot(self.problem)
+            self._initial.take()
 
-    def warm_up(self, steps: int) -> None:
-        values = self._detached_values()
-        for _ in range(steps):
-            train_step(self.problem, self.training.next(), values)
+    @torch.no_grad()
+    def values(self) -> dict[str, Value]:
+        """The constrained hyperparameters, as they are used in one outer step; they share memory with λ."""
+        return {
+            name: value if isinstance(value, nn.Module) else value.detach()
+            for name, value in self.problem.hyperparameters().items()
+        }
 
-    def train(self) -> list[float]:
-        """The inner steps before the hypergradient; their losses. None for a backend that takes them itself."""
+    def warm_up(self, steps: int, before: Snapshot) -> None:
+        self._plain.take(steps, self.values(), before)
+
+    def train(self, values: dict[str, Value], before: Snapshot | None) -> list[float]:
+        """The inner steps before the hypergradient; their losses. None for a backend that takes them itself.
+
+        Args:
+            values: what :meth:`values` gives.
+            before: the present state, where there is a copy of it.
+        """
         if self._initial is not None:
-            self.problem.load_inner_state(self._initial)
+            before = self._initial
+            before.restore()
         if self.outer.backend.differentiates == "trajectory":
             return []
-        values = self._detached_values()
-        return [train_step(self.problem, self.training.next(), values) for _ in range(self.inner_steps)]
+        return self._plain.take(self.inner_steps, values, before)
 
     def differentiate(self) -> Hypergradient:
         through = self.outer.backend.differentiates == "trajectory"
         batches = self.training.take(self.inner_steps if through else self.hessian_batches)
         return self.outer.compute(batches, self.validation.next())
 
-    def move(self, hypergradient: Hypergradient) -> bool:
+    def move(self, hypergradient: Hypergradient, size: float) -> bool:
         if hypergradient.endpoint is not None and hypergradient.status is not Status.NON_FINITE:
             self.problem.load_inner_state(hypergradient.endpoint)
-        return self.outer.apply(hypergradient)
+        return self.outer.apply(hypergradient, size)
 
     def advance_schedules(self, validation_loss: float) -> None:
+        if not self.schedulers:
+            return
         with warnings.catch_warnings():
             # torch misses the optimizer.step() of an outer step that was skipped, and those that an unrolled backend
             # takes
@@ -83,14 +99,15 @@ class OuterLoop:
                     scheduler.step()
         self.problem.sync_optimizer()
 
-    def _detached_values(self) -> dict[str, Value]:
-        with torch.no_grad():
-            return cast(dict[str, Value], self.problem.hyperparameters("loss"))
-
 
 @dataclass
 class Run:
-    """The bookkeeping around the loop: records, the best so far, failures, and when to stop."""
+    """The bookkeeping around the loop: records, the best so far, failures, and when to stop.
+
+    Beside what the backend reads to decide, numbers are read from the device at five places of an outer step, each time
+    all of a kind at once: the losses of the inner steps, the hyperparameters that are recorded, the norms of the
+    weights and of the hypergradient, and whether the hyperparameters are inside their constraints after the move.
+    """
 
     loop: OuterLoop
     patience: int | None
@@ -108,37 +125,43 @@ class Run:
         self._sweep: deque[float] = deque(maxlen=(number_of_batches(data) if data is not None else None) or 1)
         self._best = math.inf
         self._best_step: int | None = None
-        self._best_values = problem.hyperparameters.values()
-        self._best_model: dict[str, Tensor] | None = None
+        self._best_hyperparameters = Copies()
+        self._best_hyperparameters.take(_state(problem.hyperparameters))
+        self._best_model = Copies()
         self._partial = False
         self._mark, self._mark_step = math.inf, -1  # what patience counts from: the last loss lower by min_delta
         self._failures_in_a_row = 0
         self._failed = 0
-        self._good: InnerState = problem.inner_state()
+        self._note: str | None = None
+        self._good = Snapshot(problem)  # where the last outer step began
+        self._good.take()
+        self._is_good = True
 
     def warm_up(self, steps: int) -> None:
-        self.loop.warm_up(steps)
-        if is_finite(self.loop.problem.params):
-            self._good = self.loop.problem.inner_state()
+        self.loop.warm_up(steps, self._good)
+        self._is_good = is_finite(self.loop.problem.params)
 
-    def advance(self, step: int) -> None:
+    def advance(self, step: int) -> OuterStep:
         """One outer step, recorded."""
         problem = self.loop.problem
         started = time.perf_counter()
-        losses = self.loop.train()
+        if self._is_good:
+            self._good.take()
+        values = self.loop.values()
+        losses = self.loop.train(values, self._good if self._is_good else None)
         trained = time.perf_counter()
-        with torch.no_grad():
-            values = problem.hyperparameters()
         shown = summarise(values, problem.hyperparameters.element_names)
         result = self.loop.differentiate()
+        size = norm(result.gradients)
         finite = [loss for loss in losses if math.isfinite(loss)]
         lost = result.status is Status.NON_FINITE or not is_finite(problem.params)
         if lost:
-            problem.load_inner_state(self._good)
+            self._good.restore()
+        self._is_good = True
         self._judge(step, result)
-        applied = self.loop.move(result)
+        applied = self.loop.move(result, size)
         if self.keep_best_model and self._best_step == step:
-            self._best_model = {name: value.clone() for name, value in problem.model.state_dict().items()}
+            self._best_model.take(list(problem.model.state_dict().values()))
         self.loop.advance_schedules(self._mean())
         ended = time.perf_counter()
         self.seconds += ended - started
@@ -147,7 +170,7 @@ class Run:
             training_loss=sum(finite) / len(finite) if finite else result.training_loss,
             validation_loss=result.validation_loss,
             validation_loss_sweep=self._mean(),
-            hypergradient_norm=norm(result.gradients),
+            hypergradient_norm=size,
             status=result.status,
             iterations=result.iterations,
             residual=result.residual,
@@ -157,10 +180,13 @@ class Run:
             inner_seconds=trained - started,
             outer_seconds=ended - trained,
             hyperparameters=shown,
+            note=result.note if result.note != self._note else None,
         )
+        self._note = result.note
         self.history.append(record)
         self._count(lost, record)
         self._decide(step, record)
+        return record
 
     def _mean(self) -> float:
         return sum(self._sweep) / len(self._sweep) if self._sweep else math.nan
@@ -173,17 +199,16 @@ class Run:
         partial = len(self._sweep) < (self._sweep.maxlen or 1)
         if partial or self._partial or self._mean() < self._best:
             self._best, self._best_step = self._mean(), step
-            self._best_values = self.loop.problem.hyperparameters.values()
+            self._best_hyperparameters.take(_state(self.loop.problem.hyperparameters))
         self._partial = partial  # before a whole pass, losses of different batches: the latest stands in for the best
         if not partial and self._mean() < self._mark - self.min_delta:
             self._mark, self._mark_step = self._mean(), step
 
     def _count(self, lost: bool, record: OuterStep) -> None:
-        """Count steps in which nothing finite came out, and stop after too many; else this is the last good state."""
+        """Count steps in which nothing finite came out, and stop after too many of them in a row."""
         self._failed += not record.applied
         if not lost:
             self._failures_in_a_row = 0
-            self._good = self.loop.problem.inner_state()
             return
         self._failures_in_a_row += 1
         if self._failures_in_a_row >= self.max_failures:
@@ -207,13 +232,32 @@ class Run:
         return Result(
             problem=problem,
             hyperparameters=problem.hyperparameters.values(),
-            best_hyperparameters=self._best_values,
+            best_hyperparameters=self._best_values(),
             validation_loss=self._mean(),
             best_validation_loss=self._best,
             best_step=self._best_step,
-            best_model_state=self._best_model,
+            best_model_state=dict(zip(problem.model.state_dict(), self._best_model.tensors, strict=True))
+            if self._best_model.tensors
+            else None,
             history=self.history,
             stop_reason=self.stop_reason or "all outer steps done",
             seconds=self.seconds,
             failed_steps=self._failed,
         )
+
+    @torch.no_grad()
+    def _best_values(self) -> dict[str, Value]:
+        """The constrained values of the best λ, which takes the place of the present one for this."""
+        hyperparameters = self.loop.problem.hyperparameters
+        live, now = _state(hyperparameters), Copies()
+        now.take(live)
+        for tensor, best in zip(live, self._best_hyperparameters.tensors, strict=True):
+            tensor.copy_(best)
+        values = hyperparameters.values()
+        for tensor, last in zip(live, now.tensors, strict=True):
+            tensor.copy_(last)
+        return values
+
+
+def _state(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]

@@ -14,11 +14,12 @@ class ProgressBar:
 
     Args:
         total: number of outer steps.
-        enabled: whether to draw; None draws on a terminal only.
+        enabled: whether to draw; None draws on a terminal only, and False keeps silent altogether.
     """
 
     def __init__(self, total: int, enabled: bool | None = None) -> None:
         self._total = total
+        self._speaks = enabled is not False
         self._enabled = sys.stderr.isatty() if enabled is None else enabled
         self._progress: Any = None
         self._task: Any = None
@@ -35,7 +36,13 @@ class ProgressBar:
         return self
 
     def update(self, step: OuterStep) -> None:
-        """Show one more step."""
+        """Show one more step; what the backend has to say stays above the bar, and is said without a bar as well."""
+        if step.note is not None and self._speaks:
+            line = f"outer step {step.step}: {step.note}"
+            if self._progress is not None:
+                self._progress.console.print(line, markup=False, highlight=False)
+            else:
+                print(line, file=sys.stderr)
         if self._progress is not None:
             text = (
                 f"training {step.training_loss:.4g}  validation {step.validation_loss_sweep:.4g}  {step.status.value}"

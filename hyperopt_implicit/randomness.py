@@ -15,11 +15,16 @@ def random_states(device: torch.device) -> list[Tensor]:
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
+def set_random_states(states: list[Tensor], device: torch.device) -> None:
+    """Put back what :func:`random_states` gave."""
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
+
+
 @contextmanager
 def replaying(states: list[Tensor], device: torch.device) -> Iterator[None]:
     """Inside, the random numbers that followed :func:`random_states`; afterwards the generators go on as before."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.set_rng_state(states[0])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(states[1], device)
+        set_random_states(states, device)
         yield

@@ -129,6 +129,10 @@ def files_of(
             yield folder / f"{name}.png", None
     result.history.to_dataframe().to_csv(folder / "history.csv", index=False)
     yield folder / "history.csv", None
+    if result.history.notes:
+        lines = [f"outer step {step}: {note}\n" for step, note in result.history.notes.items()]
+        (folder / "backend_choices.txt").write_text("".join(lines))
+        yield folder / "backend_choices.txt", None
     for name, values in (("last", result.hyperparameters), ("best", result.best_hyperparameters)):
         plain = {key: value.state_dict() if isinstance(value, nn.Module) else value for key, value in values.items()}
         torch.save(plain, folder / f"{name}.pt")

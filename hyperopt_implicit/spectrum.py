@@ -12,6 +12,7 @@ from hyperopt_implicit.operators import LinearOperator
 from hyperopt_implicit.vectors import Params, add_, clone, dot, norm, precision, same_shapes, scale_
 
 COLD_POWER_ITERATIONS = 8
+_ROUNDING = 100.0  # units of it, in a product, that are not taken for a direction
 
 
 def largest_eigenvalue(operator: LinearOperator, vector: Params, state: State) -> tuple[float, State]:
@@ -49,7 +50,7 @@ def lanczos(operator: LinearOperator, vector: Params, products: int) -> tuple[fl
     4 %. NaN where a product is not finite. Memory for three vectors (Golub, Van Loan, "Matrix Computations", section
     10.1; the vectors are not made orthogonal again, which leaves the extremes right).
     """
-    diagonal, beside = [], []
+    diagonal, beside, rounding = [], [], _ROUNDING * precision(vector)
     previous, size = None, 0.0
     current = scale_(clone(vector), 1.0 / norm(vector))
     for _ in range(products):
@@ -60,7 +61,7 @@ def lanczos(operator: LinearOperator, vector: Params, products: int) -> tuple[fl
             add_(following, previous, -size)
         size = norm(following)
         beside.append(size)
-        if not size > precision(vector) * abs(diagonal[-1]):  # an invariant space: nothing more to be seen from here
+        if not size > rounding * max(map(abs, [*diagonal, *beside[:-1]])):  # an invariant space: the rest is rounding
             break
         previous, current = current, scale_(following, 1.0 / size)
     return extreme_eigenvalues(diagonal, beside)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hyperopt_implicit.backend import State, Status
@@ -21,7 +23,7 @@ from hyperopt_implicit.data import number_of_batches
 from hyperopt_implicit.operators import Damped, LinearOperator, gradients, mean_training_loss
 from hyperopt_implicit.randomness import random_states
 from hyperopt_implicit.spectrum import lanczos
-from hyperopt_implicit.vectors import Params, norm
+from hyperopt_implicit.vectors import Params, norm, precision
 
 if TYPE_CHECKING:
     from hyperopt_implicit.problem import BilevelProblem
@@ -30,9 +32,10 @@ Result = TypeVar("Result")
 
 _PRODUCTS = 20  # for the smallest eigenvalue, where it is negative
 _SAMPLED_PRODUCTS = 8  # for the largest one, on a mini-batch
+_SAMPLED_RESIDUAL = 1e-3  # to which it is solved at the same time: a start, soon averaged away
 _NEGATIVE = 1e-3  # of the largest eigenvalue: what is taken for negative curvature on one mini-batch
 _CONDITION = 2.0  # by which a preconditioner has to lower the condition number to be taken
-_ENTRIES = 64  # entries of a tensor by which batches are told apart
+_ENTRIES = 512  # entries of a tensor by which batches are told apart
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,7 @@ class Spectrum:
         damping: δ, where A is not positive definite: max(1.5·|λ_min|, 0.1·λ_max).
         preconditioned: whether the preconditioner pays.
         solved: where conjugate gradients arrived, with the damping and the preconditioner.
+        sampled: whether a mini-batch is all that was seen.
     """
 
     smallest: float
@@ -121,6 +125,7 @@ class Spectrum:
     damping: float = 0.0
     preconditioned: bool = False
     solved: Iterations | None = None
+    sampled: bool = False
 
     @property
     def words(self) -> str:
@@ -130,7 +135,7 @@ class Spectrum:
         if self.damping:
             kind = "an indefinite Hessian" if self.smallest < 0.0 else "a singular Hessian"
             return f"{kind} (eigenvalues from {self.smallest:.2g} to {self.largest:.2g}), damped by {self.damping:.2g}"
-        if self.solved is None:
+        if self.sampled or self.solved is None:
             return f"largest eigenvalue {self.largest:.2g}"
         scaled = " when preconditioned by Adam's second moment" if self.preconditioned else ""
         return f"condition number {condition(self.solved):.2g}{scaled}"
@@ -148,7 +153,7 @@ def spectrum(
         iterations: of conjugate gradients, at most.
         diagonal: of a preconditioner to try as well.
     """
-    target = tolerance * norm(vector)
+    target = max(tolerance, precision(vector)) * norm(vector)
 
     def solve(damping: float, diagonal: Params | None = None) -> Iterations:
         damped = Damped(operator, damping) if damping else operator
@@ -158,6 +163,8 @@ def spectrum(
     smallest = found.smallest
     if found.status in (Status.NEGATIVE_CURVATURE, Status.SINGULAR):
         smallest, largest = lanczos(operator, vector, _PRODUCTS)
+        if found.status is Status.NEGATIVE_CURVATURE:  # after more iterations than that, perhaps
+            smallest = min(smallest, found.smallest)
         damping = max(1.5 * max(-smallest, 0.0), 0.1 * largest)
         while (found := solve(damping)).status is Status.NEGATIVE_CURVATURE:
             damping *= 2.0  # Lanczos sees the smallest eigenvalue from above
@@ -172,9 +179,14 @@ def spectrum(
 
 def sampled_spectrum(operator: LinearOperator, vector: Params) -> Spectrum:
     """Of A on a mini-batch: its smallest eigenvalue may be a matter of the sample, unless it is far below zero."""
+    target = _SAMPLED_RESIDUAL * norm(vector)
+    found = conjugate_gradients(operator, vector, target=target, iterations=_SAMPLED_PRODUCTS)
+    if not found.status.failed:
+        return Spectrum(found.smallest, found.largest, solved=found, sampled=True)
     smallest, largest = lanczos(operator, vector, _SAMPLED_PRODUCTS)
     indefinite = smallest < -_NEGATIVE * largest
-    return Spectrum(smallest, largest, max(-1.5 * smallest, 0.1 * largest) if indefinite else 0.0)
+    damping = max(-1.5 * smallest, 0.1 * largest) if indefinite else 0.0
+    return Spectrum(smallest, largest, damping, sampled=True)
 
 
 def condition(found: Iterations) -> float:
@@ -194,13 +206,33 @@ def fingerprint(batches: Any) -> list[float]:
     """A few numbers that tell batches apart: of each tensor its size, and a weighted sum of some of its entries."""
     found: list[float] = []
     sums: list[Tensor] = []
-    for leaf in pytree.tree_leaves(batches):
+    for leaf in _leaves(batches):
         if isinstance(leaf, Tensor):
             flat = leaf.detach().reshape(-1)
-            flat = flat[:: max(len(flat) // _ENTRIES, 1)].double()
+            flat = flat[:: max(len(flat) // _ENTRIES, 1)]
+            flat = (torch.view_as_real(flat).sum(-1) if flat.is_complex() else flat).double()
             weights = torch.arange(1, len(flat) + 1, dtype=torch.float64, device=flat.device).sqrt()
-            sums.append(torch.dot(flat, weights))
+            sums.append(torch.dot(torch.nan_to_num(flat, 0.0, 1.0, -1.0), weights))
             found.append(float(leaf.numel()))
         elif isinstance(leaf, int | float):
             found.append(float(leaf))
+        elif isinstance(leaf, str | bytes):
+            found.append(float(zlib.crc32(leaf.encode() if isinstance(leaf, str) else leaf)))
     return found + (torch.stack(sums).tolist() if sums else [])
+
+
+def _leaves(batch: Any) -> Iterator[Any]:
+    """What is nested in a batch; objects of somebody's own type are entered where they are made of tensors."""
+    for leaf in pytree.tree_leaves(batch):
+        if isinstance(leaf, Mapping):
+            yield from _leaves(list(leaf.values()))
+        elif hasattr(leaf, "__array_interface__") and not isinstance(leaf, Tensor):
+            with suppress(TypeError):  # of objects
+                yield torch.as_tensor(leaf)
+        elif hasattr(leaf, "to") and not isinstance(leaf, Tensor | nn.Module) and hasattr(leaf, "__dict__"):
+            inside = pytree.tree_leaves(list(vars(leaf).values()))
+            yield from _leaves([x for x in inside if isinstance(x, Tensor | Mapping)])
+        elif isinstance(leaf, Tensor) and leaf.layout is not torch.strided:
+            yield from [leaf._indices(), leaf._values()] if leaf.layout is torch.sparse_coo else [leaf.values()]
+        else:
+            yield leaf

@@ -6,6 +6,7 @@ What is said about a run is in ``run_record.py``; the buffer that keeps a slow s
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import logging
@@ -142,7 +143,7 @@ class Tracker:
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Take metrics; returns at once. A character that MLflow takes in no name (such as %) becomes an underscore."""
         if self._sender is not None:
-            self._sender.put_metrics({_REFUSED.sub("_", name): value for name, value in metrics.items()}, step)
+            self._sender.put_metrics({_accepted(name): value for name, value in metrics.items()}, step)
 
     def log_artifact(self, path: Path, place: str | None = None) -> None:
         """Store a file that exists until the run ends."""
@@ -199,6 +200,8 @@ class RunTracker(Tracker):
             for report in self._reports:
                 metrics.update(report.metrics())
             self.log_metrics(metrics, step.step)
+            if step.note is not None:
+                self.set_tag("backend.choice", step.note)
 
     def close(self, result: Result, error: BaseException | None = None) -> None:
         """Log the summary, figures and final states, and end the run."""
@@ -213,6 +216,12 @@ class RunTracker(Tracker):
                 self.set_tag("mlflow.note.content", description)
             self.log_files(lambda folder: files_of(result, folder, save_state=self._save_state, reports=self._reports))
         self.end(error)
+
+
+@functools.lru_cache(maxsize=10_000)
+def _accepted(name: str) -> str:
+    """A metric's name as MLflow takes it; one object for all records that have it."""
+    return _REFUSED.sub("_", name)
 
 
 T = TypeVar("T")

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributions import constraints
 
 import hyperopt_implicit as hi
-from hyperopt_implicit import optimizers
+from hyperopt_implicit import updates
 from hyperopt_implicit.diagnostics.truth import Slope
 from hyperopt_implicit.testing.assertions import assert_unchanged
 from hyperopt_implicit.testing.oracles import train_to_minimum
@@ -326,8 +326,11 @@ class DetachesTheFirstMomentumBuffer(Unrolled):
                 grads = [g.detach() for g in grads]
             return apply(rule, group, tuned, params, grads, slots)
 
-        apply = optimizers.apply_update
-        with mock.patch("hyperopt_implicit.inner_loop.apply_update", clone_and_detach):
+        apply = updates.apply_update
+        with (
+            mock.patch("hyperopt_implicit.inner_loop.adjoint_of", return_value=None),
+            mock.patch("hyperopt_implicit.inner_loop.apply_update", clone_and_detach),
+        ):
             return super().hypergradient(problem, training_batches, validation_batch, state)
 
 

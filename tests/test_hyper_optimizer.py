@@ -152,3 +152,14 @@ def test_one_gradient_alone_changes_nothing() -> None:
     again = hi.hypergradient(problem, "cg", training_batches=iter(HALVES), validation_batch=VALIDATION)
     assert torch.equal(found.gradients["decay"], again.gradients["decay"])
     assert torch.equal(problem.hparams["decay"], before["decay"])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_hypergradient_that_is_not_finite_is_not_applied_whatever_its_status(bad: float) -> None:
+    problem = momentum_ridge()
+    outer, before = hi.HyperOptimizer(problem, torch.optim.SGD, lr=0.1), problem.hparams["decay"].detach().clone()
+    gradient = {"decay": torch.full_like(before, bad)}
+    with pytest.warns(hi.HyperoptWarning, match="It was not applied"):
+        moved = outer.apply(hi.Hypergradient(gradient, hi.Status.TRUNCATED, 1, None, 1, 1.0, 1.0))
+    assert not moved
+    assert torch.equal(problem.hparams["decay"], before)

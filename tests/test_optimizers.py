@@ -15,11 +15,13 @@ from torch.distributions import constraints
 from torch.optim import SGD
 
 import hyperopt_implicit as hi
-from hyperopt_implicit.inner_loop import Trajectory, train_step
-from hyperopt_implicit.testing.assertions import assert_close, assert_finite, same
+from hyperopt_implicit.inner_loop import InnerSteps, Iterate, leaves, train_step
+from hyperopt_implicit.optimizers import update_rule
+from hyperopt_implicit.testing.assertions import assert_close, assert_finite
 from hyperopt_implicit.testing.oracles import finite_differences, unrolled_hypergradient
-from hyperopt_implicit.testing.specimens import network_problem, regression_data, ridge_problem, seeded
-from hyperopt_implicit_backends import Unrolled
+from hyperopt_implicit.testing.specimens import regression_data, seeded
+from hyperopt_implicit.trajectory import Trajectory
+from hyperopt_implicit.updates import adjoint_of
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -51,7 +53,12 @@ OPTIMIZERS = [
     Row("sgd maximize", torch.optim.SGD, {"lr": 0.01, "momentum": 0.5, "maximize": True}, {"momentum": 0.5}),
     Row("adam", torch.optim.Adam, {"betas": (0.8, 0.9), "eps": 0.01}, ADAM),
     Row("adam decay", torch.optim.Adam, {"weight_decay": 0.1}),
+    Row("adam maximize", torch.optim.Adam, {"lr": 0.01, "weight_decay": 0.1, "maximize": True}),
+    Row("adam amsgrad", torch.optim.Adam, {"betas": (0.8, 0.6), "eps": 0.01, "amsgrad": True}, ADAM),
+    Row("adamw amsgrad", torch.optim.AdamW, {"betas": (0.8, 0.6), "weight_decay": 0.1, "amsgrad": True}),
     Row("adamw", torch.optim.AdamW, {"betas": (0.8, 0.9), "eps": 0.01, "weight_decay": 0.1}, ADAM),
+    Row("adamax", torch.optim.Adamax, {"betas": (0.8, 0.6), "eps": 0.01}),
+    Row("adamax maximize", torch.optim.Adamax, {"lr": 0.01, "weight_decay": 0.1, "maximize": True}),
     Row("rmsprop", torch.optim.RMSprop),
     Row("rmsprop momentum", torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.9}, {"momentum": 0.9}),
     Row("rmsprop centered", torch.optim.RMSprop, {"centered": True, "alpha": 0.8, "weight_decay": 0.1}),
@@ -62,8 +69,16 @@ OPTIMIZERS = [
     Row("radam", torch.optim.RAdam, {"betas": (0.8, 0.9)}),
     Row("radam decoupled", torch.optim.RAdam, {"weight_decay": 0.1, "decoupled_weight_decay": True}),
     Row("adadelta", torch.optim.Adadelta, {"lr": 1.0, "eps": 1e-3}),
+    Row("asgd", torch.optim.ASGD),
+    Row("asgd averaging", torch.optim.ASGD, {"lambd": 0.5, "t0": 2, "alpha": 0.6, "weight_decay": 0.1}),
+    Row("asgd maximize", torch.optim.ASGD, {"lr": 0.01, "maximize": True}),
+]
+RPROP = [
+    Row("rprop", torch.optim.Rprop),
+    Row("rprop bounds", torch.optim.Rprop, {"etas": (0.3, 1.5), "step_sizes": (0.02, 0.08), "maximize": True}),
 ]
 every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
+rprop_too = pytest.mark.parametrize("optimizer", OPTIMIZERS + RPROP, ids=str)
 fresh_and_used = pytest.mark.parametrize("used", [0, 3], ids=["fresh", "used"])
 
 
@@ -156,14 +171,17 @@ def assert_same_state(actual: hi.problem.InnerState, expected: hi.problem.InnerS
 # ------------------------------------------------------------------------------------------------------------ steps
 
 
-@every_optimizer
+@rprop_too
 @fresh_and_used
-def test_trajectory_takes_the_steps_of_torch_optim(optimizer, used):
-    """Weights, momenta and counters, for parameters with, without and with a zero gradient."""
-    problem = make_problem(optimizer, used)
-    trajectory = Trajectory(problem, BATCHES)
-    train(problem, BATCHES)
-    assert_same_state(trajectory.endpoint, problem.inner_state())
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_trajectory_takes_the_steps_of_torch_optim(optimizer, used, dtype):
+    """Weights, momenta and counters, to the bit, for parameters with, without and with a zero gradient."""
+    batches = [tuple(x.to(dtype) for x in each) for each in BATCHES]
+    torch.set_default_dtype(dtype)  # in which torch.optim keeps counters
+    problem = make_problem(optimizer, used).copy(dtype)
+    trajectory = Trajectory(problem, batches)
+    train(problem, batches)
+    assert_same_state(trajectory.endpoint, problem.inner_state(), 0.0)
 
 
 @every_optimizer
@@ -171,7 +189,22 @@ def test_trajectory_takes_the_same_steps_with_tuned_options(optimizer):
     problem = make_problem(optimizer, lr=0.05, weight_decay=0.1, **optimizer.tunable)
     trajectory = Trajectory(problem, BATCHES)
     train(problem, BATCHES)
-    assert_same_state(trajectory.endpoint, problem.inner_state(), 1e-11)
+    assert_same_state(trajectory.endpoint, problem.inner_state(), 0.0)
+
+
+@rprop_too
+@fresh_and_used
+def test_the_differentiable_update_is_the_same(optimizer, used):
+    """Its values are those of torch.optim too, so that its derivative is of the right thing."""
+    problem = make_problem(optimizer, used)
+    steps, hparams = InnerSteps(problem), dict(problem.hparams)
+    current = steps.start()
+    for t, each in enumerate(BATCHES):
+        _, gradient, _ = steps.gradients(leaves(current.params), hparams, each, dict(current.buffers), graph=False)
+        params, slots = steps.update(t, current.params, gradient, current.slots, hparams)
+        current = Iterate(params, slots, current.buffers)
+    train(problem, BATCHES)
+    assert_same_state(current.inner_state, problem.inner_state())
 
 
 @every_optimizer
@@ -245,6 +278,50 @@ def test_hypergradients_of_the_optimizers_options(optimizer, used):
 
 
 @every_optimizer
+@fresh_and_used
+def test_adjoints_written_out_are_those_of_autograd(optimizer, used, monkeypatch):
+    """Those of SGD, Adam and AdamW, where no option is tuned; also where a batch leaves a layer without a gradient."""
+    batches = [None, *BATCHES[:2], None, *BATCHES[2:], None]
+    found = hypergradient(forgetful(optimizer, used), batches=batches).gradients
+    monkeypatch.setattr("hyperopt_implicit.inner_loop.adjoint_of", lambda rule, groups: None)
+    expected = hypergradient(forgetful(optimizer, used), batches=batches).gradients
+    assert_each_close(found, expected, 1e-11)
+
+
+def test_which_adjoints_are_written_out():
+    for row in OPTIMIZERS:
+        optimizer = row([nn.Parameter(torch.ones(1))])
+        written = adjoint_of(update_rule(optimizer), optimizer.param_groups) is not None
+        assert written is (isinstance(optimizer, SGD | torch.optim.Adam) and "amsgrad" not in row.options), row.name
+
+
+def forgetful(optimizer: Callable[..., torch.optim.Optimizer], used: int) -> hi.BilevelProblem:
+    """A loss that on the batch None does not touch the output layer."""
+    problem = make_problem(optimizer, used)
+    loss = problem.loss_source("training_loss")
+
+    def training_loss(model, batch, *, decay):
+        if batch is None:
+            return decay * torch.tanh(model.inner(torch.ones(3))).square().sum()
+        return loss(model, batch, decay=decay)
+
+    return problem.copy(losses={"training_loss": training_loss})
+
+
+@pytest.mark.parametrize("optimizer", RPROP, ids=str)
+def test_rprop_has_a_derivative_with_respect_to_its_start_only(optimizer):
+    """Its steps are where signs put them: what the loss depends on does not count, and the learning rate once."""
+    problem = make_problem(optimizer, lr=0.05)
+    with pytest.warns(hi.HyperoptWarning, match="Rprop looks at the signs of gradients only"):
+        result = hypergradient(problem)
+    assert_close({"lr": result.gradients["lr"]}, {"lr": differences(problem, 1e-5)["lr"]}, 1e-7)
+    assert result.gradients["lr"] != 0.0
+    assert result.gradients["decay"] == 0.0
+    with pytest.warns(hi.HyperoptWarning, match="Use another inner optimizer, or 'evolution'"):
+        assert hypergradient(make_problem(optimizer, used=3, lr=0.05)).gradients["lr"] == 0.0
+
+
+@every_optimizer
 def test_a_gradient_of_zero_gives_no_nan(optimizer):
     """Training at a point where every gradient vanishes: all second moments are zero."""
 
@@ -291,102 +368,11 @@ def test_unrolled_equals_one_long_graph():
     assert_each_close(hypergradient(problem).gradients, expected, 1e-12)
 
 
-@pytest.mark.parametrize("optimizer", [row for row in OPTIMIZERS if row.name in ("sgd momentum", "adam")], ids=str)
-@pytest.mark.parametrize("last", [1, 2, 5])
-def test_last_differentiates_the_last_steps(optimizer, last):
-    """It is the whole derivative of a run that begins where the last steps do."""
-    problem, later = make_problem(optimizer, lr=0.05), make_problem(optimizer, lr=0.05)
-    train(later, BATCHES[:-last])
-    result = hypergradient(problem, Unrolled(last=last))
-    expected = hypergradient(later, batches=BATCHES[-last:])
-    assert_each_close(result.gradients, expected.gradients, 1e-11)
-    assert (result.status, result.iterations, result.hvps) == (hi.Status.TRUNCATED, last, last)
-    assert_same_state(result.endpoint, expected.endpoint)
-
-
-def test_last_of_as_many_steps_as_there_are():
-    problem = make_problem(torch.optim.Adam)
-    result, whole = hypergradient(problem, Unrolled(last=len(BATCHES))), hypergradient(problem)
-    assert same(result.gradients, whole.gradients)
-    assert (result.status, result.iterations) == (hi.Status.CONVERGED, len(BATCHES))
-
-
-def test_last_of_more_steps_than_there_are_is_refused():
-    with pytest.raises(hi.BackendError) as caught:
-        hypergradient(make_problem(torch.optim.Adam), Unrolled(last=7))
-    assert str(caught.value) == (
-        "last must be at most the number of inner steps; last=7 was asked for, of 6. Lower it, train for more inner "
-        "steps between outer steps, or leave it out to differentiate all of them."
-    )
-
-
 def test_a_run_that_blows_up_is_not_finite():
     problem = make_problem(lambda params: torch.optim.SGD(params, lr=1e200))
     result = hypergradient(problem)
     assert result.status is hi.Status.NON_FINITE
     assert not math.isfinite(result.training_loss + result.validation_loss)
-
-
-# ------------------------------------------------------------------------------------------------ layers with state
-
-
-def test_dropout_is_replayed_with_the_masks_of_the_first_sweep():
-    """Against one long graph under the same seed, and against differences of real runs under it."""
-    problem = network_problem(seeded(lambda: nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 1))))
-    start = problem.inner_state()
-
-    def run() -> float:
-        problem.load_inner_state(start)
-        torch.manual_seed(1)
-        train(problem, BATCHES)
-        return float(problem.validation_loss(VALIDATION))
-
-    torch.manual_seed(1)
-    result = hypergradient(problem)
-    torch.manual_seed(1)
-    expected = unrolled_hypergradient(problem, BATCHES, VALIDATION)
-    assert_each_close(result.gradients, expected, 1e-11)
-    assert_each_close(result.gradients, finite_differences(run, problem.hparams), 1e-6)
-    run()
-    assert_same_state(result.endpoint, problem.inner_state())
-
-
-def test_random_numbers_go_on_where_training_left_them():
-    """The backward sweep replays draws; the global generator ends where plain training would have left it."""
-    problem = ridge_problem(nn.Sequential(nn.Linear(3, 1), nn.Dropout(0.5)))
-    torch.manual_seed(1)
-    hypergradient(problem)
-    after = torch.get_rng_state()
-    torch.manual_seed(1)
-    train(problem, BATCHES)
-    assert torch.equal(after, torch.get_rng_state())
-
-
-@pytest.mark.parametrize("in_place", [True, False])
-def test_running_statistics_move_along_the_trajectory_only(in_place):
-    """Changed in place (BatchNorm) or replaced (a hand-written average); in the copy, never in the model."""
-    layer = nn.BatchNorm1d(2) if in_place else RunningMean()
-    problem = network_problem(seeded(lambda: nn.Sequential(nn.Linear(3, 2), layer, nn.Tanh(), nn.Linear(2, 1))))
-    before = problem.inner_state()
-    result = hypergradient(problem)
-    assert_same_state(problem.inner_state(), before, 0.0)
-    assert_each_close(result.gradients, unrolled_hypergradient(problem, BATCHES, VALIDATION), 1e-11)
-    train(problem, BATCHES)
-    assert_same_state(result.endpoint, problem.inner_state())
-    assert result.validation_loss == pytest.approx(float(problem.validation_loss(VALIDATION)), rel=1e-12)
-
-
-class RunningMean(nn.Module):
-    """Subtracts a running mean that it assigns anew."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(2))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training:
-            self.mean = 0.5 * self.mean + 0.5 * x.detach().mean(0)
-        return x - self.mean
 
 
 # --------------------------------------------------------------------------------------------------------- refusals
@@ -400,6 +386,8 @@ class RunningMean(nn.Module):
         (torch.optim.Adadelta, "rho", r"'rho' of Adadelta cannot .* lr, weight_decay"),
         (torch.optim.NAdam, "beta1", r"'beta1' of NAdam cannot"),
         (torch.optim.Adagrad, "eps", r"'eps' of Adagrad cannot"),
+        (torch.optim.ASGD, "alpha", r"'alpha' of ASGD cannot .* lr, weight_decay; search"),
+        (torch.optim.Adamax, "eps", r"'eps' of Adamax cannot .* lr, weight_decay; search"),
         (partial(SGD, momentum=0.9, nesterov=True), "momentum", r"momentum > 0, nesterov=False and dampening=0"),
         (partial(SGD, momentum=0.9, dampening=0.1), "momentum", r"momentum > 0, nesterov=False and dampening=0"),
     ],
@@ -413,9 +401,17 @@ def test_options_without_a_derivative_are_refused(make, option, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda params: torch.optim.Adam(params, amsgrad=True), r"amsgrad=True is not supported.*amsgrad=False"),
-        (torch.optim.Adamax, r"in functional form: Adadelta, Adagrad.*SGD; got Adamax\. Use .*'cg'"),
-        (torch.optim.LBFGS, r"got LBFGS"),
+        (
+            torch.optim.Adafactor,
+            r"form: ASGD, Adadelta, .*SGD; got Adafactor \(it takes the norms .* lost\)\. Use .*'cg'",
+        ),
+        (
+            lambda params: torch.optim.Muon([p for p in params if p.dim() == 2]),
+            r"got Muon \(it computes its step in bfloat16, ",
+        ),
+        (torch.optim.LBFGS, r"got LBFGS \(it evaluates the loss as often as its line search needs"),
+        (torch.optim.SparseAdam, r"got SparseAdam \(it takes sparse gradients"),
+        (type("Mine", (SGD,), {}), r"got Mine\. Use one of these, or an implicit backend \('cg', 'neumann'\)"),
     ],
 )
 def test_optimizers_without_a_derivative_are_refused(make, message):

@@ -151,7 +151,7 @@ def test_core_finds_backends_through_their_entry_points_only() -> None:
 
 
 LAYERS = [
-    {"errors", "vectors", "randomness", "functional"},
+    {"errors", "vectors", "randomness", "functional", "stopwatch"},
     {"messages"},
     {"data", "hyperparameters", "knobs"},
     {"backend"},

@@ -29,7 +29,7 @@ from hyperopt_implicit.survey import (
     spectrum,
     time_gradient,
 )
-from hyperopt_implicit.vectors import Params, add, norm
+from hyperopt_implicit.vectors import Params, add, norm, precision
 from hyperopt_implicit_backends.cg import ConjugateGradient
 from hyperopt_implicit_backends.heavy_ball import HeavyBall, begin
 from hyperopt_implicit_backends.soba import Soba
@@ -39,12 +39,15 @@ if TYPE_CHECKING:
     from hyperopt_implicit.problem import BilevelProblem
 
 _LOOSE, _LOST = 5.0, 0.1  # times the tolerance, but no more than this: where heavy_ball solves anew
-_SURVEY_ITERATIONS = 60
-_SAMPLED_STEP = 0.25  # of 1/λ_max on mini-batches: the solution averages over the last batches
+_SURVEY_ITERATIONS, _ANEW = 60, 40  # iterations at most, of conjugate gradients and where heavy_ball solves anew
+_SAMPLED_STEPS = ((20, 1.0), (80, 0.5), (math.inf, 0.25))  # of 1/λ_max on mini-batches, up to so many calls
 _SURVEY_AGAIN = 100  # calls after which a mini-batch's largest eigenvalue is looked up again
+_DAMPED_AGAIN = 50  # calls after which it is looked whether damping is still needed, 4 times as many where it is
 _RECENT, _LASTING = 10, 40  # calls over which the error may be twice the tolerance, and no more than it
 _FIRST_AUDIT, _NEXT_AUDIT = 10, 4  # after so many calls, and then after that many times as many
+_SOON = 5  # calls after which it is measured again where it was not what it was thought to be
 _SURVEY_DEPTH, _AUDIT_DEPTH = 0.1, 0.2  # of the tolerance, and of the residual, to which they solve
+_ROUNDING = 1e3  # residual, in units of rounding, below which it says nothing of the error
 _REST = 25  # calls with conjugate gradients before heavy_ball is tried again, doubled each time that fails
 
 
@@ -56,12 +59,15 @@ class Plan:
         rung: −1 for mini-batches; otherwise 0 for heavy_ball, and 1 for conjugate gradients.
         costs: of the parts of a hypergradient, in g.
         what: the problem, in words.
+        random: whether the loss draws random numbers.
         damping: δ.
-        largest: the largest eigenvalue of A.
+        damped: whether some of it was found to be needed.
+        largest: the largest eigenvalue of A; 0 where it is not known.
         preconditioner: as the methods take it.
         ratio: the hypergradient's error over the residual, as last measured.
         error: the error when it was last measured.
         calls: since the survey.
+        again: after how many of these there is another, where A was damped.
         since: calls since the present method was taken.
         audit: at how many of these the error is measured next.
         rest: after how many of these a cheaper method is tried.
@@ -75,12 +81,15 @@ class Plan:
     rung: int
     costs: Costs
     what: str
+    random: bool
     damping: float
+    damped: bool
     largest: float
     preconditioner: Literal["adam"] | None = None
     ratio: float = 1.0
     error: float | None = None
     calls: int = 0
+    again: int = _DAMPED_AGAIN
     since: int = 0
     audit: int = _FIRST_AUDIT
     rest: int = _REST
@@ -90,17 +99,24 @@ class Plan:
     same: int = 0
     note: str = ""
 
+    @property
+    def step_size(self) -> float:
+        """On mini-batches: large until the solution has come near, then small, to average over more of them."""
+        share = next(share for calls, share in _SAMPLED_STEPS if self.since < calls)
+        return share / self.largest if self.largest > 0.0 else 1.0
+
     def take(self, rung: int) -> None:
-        """Another method, of which nothing is known yet."""
-        self.rung, self.since, self.audit, self.ratio, self.error = rung, 0, _FIRST_AUDIT, 1.0, None
-        self.recent = []
+        """Another method, of which nothing is known yet, but that the problem may have a ratio above 1."""
+        self.rung, self.since, self.audit, self.error = rung, 0, _FIRST_AUDIT, None
+        self.ratio, self.recent = max(self.ratio, 1.0), []
 
     def is_outdated(self, batches: list[float]) -> bool:
         """Whether what was found out may no longer hold; counts how often in a row the batches were the same."""
         self.same = self.same + 1 if batches == self.batches else 0
         if self.rung < 0:
-            return self.calls >= _SURVEY_AGAIN or (bool(batches) and self.same >= _RECENT)
-        return self.same == 0
+            settled = bool(batches) and self.same >= _RECENT and not self.random
+            return settled or self.calls >= _SURVEY_AGAIN or not self.largest > 0.0
+        return self.same == 0 or (self.damped and self.calls >= self.again) or not self.largest > 0.0
 
     def state(self) -> State:
         """As numbers and words, to be carried."""
@@ -125,15 +141,17 @@ class Auto(ImplicitBackend):
       else ``cg`` with a warm start and as many products as that takes.
     - A indefinite or singular: the same with the damping δ = max(1.5·|λ_min|, 0.1·λ_max). It is reported, and what it
       costs in accuracy with respect to A itself is a line of ``check``.
-    - mini-batches, or a random loss: ``soba`` with step size 1/(4·λ_max), a solution that averages over the last
-      batches. Further products on one mini-batch make it worse, not better.
+    - mini-batches, or a random loss: ``soba`` with a step size that falls from 1/λ_max to a quarter of it, so that
+      the solution averages over the last batches, from a rough one on the first. Further products on one mini-batch make it worse, not better.
     - hyperparameters of the inner optimizer: ``unrolled``, through the inner steps.
 
     It keeps watching. The residual is measured at every call, and goes into an estimate of the hypergradient's error by
     a factor that is measured at the 10th call with a method, the 40th, the 160th and so on, by solving five times
-    more accurately there. Where the median estimate of 40 calls is above ``tolerance``, or that of ten above twice as
+    more accurately there. (With ``cg``, whose residual follows that factor, it comes down by no
+    more than half at once, and is measured again five calls later.) Where the median estimate of 40 calls is above ``tolerance``, or that of ten above twice as
     much, ``heavy_ball`` gives way to ``cg``, and is tried again after a while. Where A loses its definiteness, or
-    mini-batches turn up, all begins anew.
+    mini-batches turn up, all begins anew, and so it does for a damped A after 50 calls, 200 more, 800 more: the model
+    may have arrived at a minimum.
 
     ``budget`` is the largest cost of one hypergradient in g, the forward and backward of the training loss on the same
     batches (measured at the first call; the calls that measure cost more). It wins over ``tolerance``.
@@ -182,9 +200,10 @@ class Auto(ImplicitBackend):
         if problem.training_data is None:
             batches = fingerprint([list(training_batches), validation_batch])
         if plan is None or plan.is_outdated(batches):
-            sampled = has_more_batches(problem, training_batches) or (plan is not None and plan.batches != batches)
+            changed = plan is not None and bool(plan.batches) and bool(batches) and plan.batches != batches
+            sampled = changed or has_more_batches(problem, training_batches)
             with replaying(random_states(problem.device), problem.device):
-                plan, carried, spent = self._survey(problem, training_batches, validation_batch, carried, sampled)
+                plan, carried, spent = self._survey(problem, training_batches, validation_batch, carried, sampled, plan)
         backend = self._method(plan)
         result = backend.hypergradient(problem, training_batches, validation_batch, carried)
         plan.calls, plan.since, plan.batches = plan.calls + 1, plan.since + 1, batches
@@ -215,6 +234,7 @@ class Auto(ImplicitBackend):
         validation_batch: Any,
         carried: State,
         sampled: bool,
+        last: Plan | None,
     ) -> tuple[Plan, State, int]:
         """A plan, what its method is to begin with, and the products that it took."""
         clock = Clock(problem.device)
@@ -242,12 +262,18 @@ class Auto(ImplicitBackend):
             rung=-1 if sampled or drew else 0,
             costs=Costs(one, validation, graph, product, clock.seconds / one),
             what=f"{data}, {seen.words}",
+            random=drew,
             damping=self.damping + seen.damping,
-            largest=seen.largest + seen.damping,
+            damped=seen.damping > 0.0,
+            largest=0.0 if math.isnan(seen.largest) else seen.largest + seen.damping,
             preconditioner="adam" if seen.preconditioned else None,
         )
+        if last is not None and max(last.rung, plan.rung) < 0:
+            plan.since = last.since  # the solution has settled already
         self._say(plan)
-        if seen.damping:
+        if plan.damped and last is not None and last.damped:
+            plan.again = _NEXT_AUDIT * last.again
+        elif plan.damped:
             warn(
                 f"auto met {seen.words}. The hypergradient is that of the damped system: its direction can be trusted "
                 "more than its size. Train longer before the first outer step, put a weight decay into the training "
@@ -255,21 +281,26 @@ class Auto(ImplicitBackend):
             )
         if plan.rung >= 0:
             carried = begin(seen.solved, {}) if seen.solved is not None else {}
+        elif seen.solved is not None and "solution" not in carried:
+            carried = {"solution": seen.solved.solution}  # nearer than a step from zero, whatever the sample
         return plan, carried, hessian.products
 
     # ------------------------------------------------------------------------------------------- what follows from it
 
     def _method(self, plan: Plan) -> ImplicitBackend:
         """The method that a plan has arrived at."""
-        target = self.tolerance / plan.ratio
+        target, iterations = self._target(plan), self._affordable_iterations(plan)
         if plan.rung < 0:
-            step_size = _SAMPLED_STEP / plan.largest if plan.largest > 0.0 else 1.0
-            return _made(Soba, self, damping=plan.damping, step_size=step_size)
+            return _made(Soba, self, damping=plan.damping, step_size=plan.step_size)
         shared = {"damping": plan.damping, "preconditioner": plan.preconditioner}
         if plan.rung == 0:
-            return _made(HeavyBall, self, tolerance=min(_LOOSE * target, _LOST), **shared)
-        iterations = self._affordable_iterations(plan)
-        return _made(ConjugateGradient, self, tolerance=target, max_iterations=iterations, **shared)
+            anew = min(_LOOSE * target, _LOST) if iterations >= 1 else 1.0
+            return _made(HeavyBall, self, tolerance=anew, max_iterations=max(min(iterations, _ANEW), 1), **shared)
+        return _made(ConjugateGradient, self, tolerance=target, max_iterations=max(iterations, 1), **shared)
+
+    def _target(self, plan: Plan) -> float:
+        """The residual at which the error is what it may be; no more than a u of zero is far from."""
+        return min(self.tolerance / plan.ratio, _LOST)
 
     def _affordable_iterations(self, plan: Plan) -> int:
         if self.budget is None:
@@ -283,7 +314,7 @@ class Auto(ImplicitBackend):
         """What the error of this call is thought to be; one that had to solve anew says that the method is too weak."""
         residual = result.residual or 0.0
         if isinstance(backend, HeavyBall) and result.hvps > backend.products:
-            residual = backend.tolerance
+            residual = math.inf
         plan.recent = [*plan.recent, plan.ratio * residual][-_LASTING:]
 
     def _audit(
@@ -295,24 +326,30 @@ class Auto(ImplicitBackend):
         result: Hypergradient,
     ) -> int:
         """Measure the error of a hypergradient by a more accurate one; returns the products spent."""
-        plan.audit *= _NEXT_AUDIT
-        if not result.residual:
+        plan.audit = _NEXT_AUDIT * plan.since
+        residual = result.residual or 0.0
+        if not residual > _ROUNDING * precision(problem.params):
             return 0
         accurate = ConjugateGradient(
-            tolerance=_AUDIT_DEPTH * result.residual,
+            tolerance=_AUDIT_DEPTH * residual,
             max_iterations=_SURVEY_ITERATIONS,
             preconditioner=plan.preconditioner,
             damping=plan.damping,
             curvature=self.curvature,
         )
-        better = accurate.hypergradient(
-            problem, training_batches, validation_batch, {"solution": result.state["solution"]}
-        )
+        with replaying(random_states(problem.device), problem.device):
+            better = accurate.hypergradient(
+                problem, training_batches, validation_batch, {"solution": result.state["solution"]}
+            )
         size = norm(better.gradients)
         if better.status is Status.CONVERGED and size > 0.0:
             plan.error = norm(add(result.gradients, better.gradients, -1.0)) / size
-            ratio = max(plan.error / result.residual, 1e-2)
-            if plan.since > _FIRST_AUDIT:  # one call is a sample of one
+            ratio = max(plan.error / residual, 1e-2)
+            if plan.rung > 0:  # the residual follows the ratio, and what holds at one need not at another
+                if not 0.5 <= ratio / plan.ratio <= 2.0:
+                    plan.audit = plan.since + _SOON
+                ratio = max(ratio, 0.5 * plan.ratio)
+            elif plan.since > _FIRST_AUDIT:  # one call is a sample of one
                 ratio = math.sqrt(ratio * plan.ratio)
             plan.recent = [x / plan.ratio * ratio for x in plan.recent]
             plan.ratio = ratio
@@ -338,9 +375,9 @@ class Auto(ImplicitBackend):
         """Put into words what was decided."""
         cost, method = plan.costs.of(1, shared=True), "heavy_ball"
         if plan.rung < 0:
-            method = f"soba with step_size={_SAMPLED_STEP / plan.largest if plan.largest > 0.0 else 1.0:.2g}"
+            method = f"soba with a step size that falls from {plan.step_size:.2g} to a quarter"
         elif plan.rung > 0:
-            cost, method = plan.costs.of(2, shared=False), f"cg to a residual of {self.tolerance / plan.ratio:.2g}"
+            cost, method = plan.costs.of(2, shared=False), f"cg to a residual of {self._target(plan):.2g}"
         note = f"auto takes {method}: {plan.what}; a product costs {plan.costs.product:.1f} g and a hypergradient "
         note += f"{'at least' if plan.rung > 0 else 'about'} {cost:.1f} g"
         if self.budget is not None and cost > self.budget:

@@ -40,9 +40,9 @@ class Sama(Backend):
         ∂Φ/∂g = lr [ (1 − β1)/(1 − β1^t) / (√ŝ + ε) − m̂ (1 − β2) g / ((1 − β2^t) √ŝ (√ŝ + ε)²) ],
 
     entry by entry. Momentum counts with its newest summand only. The derivative is taken through torch.optim's own
-    functional forms: SGD, Adam, AdamW, RMSprop, Adagrad, NAdam, RAdam, Adadelta. Where Adam, RMSprop or Adagrad have no
-    state yet, their first update is nearly a multiple of sign(g), whose derivative, and so u, is close to zero: train
-    first.
+    functional forms: SGD, Adam, AdamW, Adamax, RMSprop, Adagrad, NAdam, RAdam, Adadelta, ASGD. Where Adam, RMSprop or
+    Adagrad have no state yet, their first update is nearly a multiple of sign(g), whose derivative, and so u, is close
+    to zero: train first.
 
     It is biased like a Neumann series of one term: the size is that of one update, and the direction is that of the
     theorem where the preconditioner is near H⁻¹. The difference errs by alpha²/6 times ∂⁴L/∂λ∂w³ along u/‖u‖, and by
@@ -81,15 +81,16 @@ class Sama(Backend):
     def check(self, problem: BilevelProblem) -> None:
         super().check(problem)
         try:
-            update_rule(problem.optimizer)
-        except ProblemError as error:
-            amsgrad = " with amsgrad=True" if "amsgrad" in str(error) else ""
+            known = not update_rule(problem.optimizer).signs_only  # whose derivative is zero
+        except ProblemError:
+            known = False
+        if not known:
             raise BackendError(
                 "backend 'sama' differentiates the inner optimizer's update, which must be that of SGD, Adam, AdamW, "
-                "RMSprop, Adagrad, NAdam, RAdam or Adadelta of torch.optim, without amsgrad; got "
-                f"{type(problem.optimizer).__name__}{amsgrad}. Use one of these, or 'finite_difference', which looks "
-                "at the learning rate only."
-            ) from error
+                "Adamax, RMSprop, Adagrad, NAdam, RAdam, Adadelta or ASGD of torch.optim; got "
+                f"{type(problem.optimizer).__name__}. Use one of these, or 'finite_difference', which looks at the "
+                "learning rate only."
+            )
 
     def hypergradient(
         self,

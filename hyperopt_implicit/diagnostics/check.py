@@ -85,7 +85,7 @@ def check(
         >>> report.ok
         True
     """
-    chosen = get_backend(backend)
+    chosen = get_backend(backend).for_problem(problem)
     chosen.check(problem)
     if not 0.0 < tolerance < 1.0:
         raise HyperoptError(f"tolerance must be a relative error between 0 and 1; got {tolerance!r}.")

@@ -1,0 +1,150 @@
+"""Plain inner steps, many in a row, with one look at all their losses.
+
+A step whose loss is not finite must leave the model as it was. A loop that looks at each loss before it steps waits for
+the device each time. Here the steps are taken first and their losses are read together; only where one of them was not
+finite, model, optimizer and generators go back to before, and the same batches are stepped through again with a look at
+each. What comes out is the same.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hyperopt_implicit.data import BatchStream, bytes_of
+from hyperopt_implicit.hyperparameters import Value
+from hyperopt_implicit.inner_loop import descend, train_step
+from hyperopt_implicit.problem import BilevelProblem
+from hyperopt_implicit.randomness import random_states, set_random_states
+from hyperopt_implicit.snapshot import Snapshot
+
+MOST_BATCHES = 64
+"""Batches are held until their losses are read: so many at most,"""
+MOST_BYTES = 2**28
+"""and no more than this, unless it is less than ``_WORTHWHILE`` of them: then each loss is read at once."""
+_WORTHWHILE = 4
+
+
+class PlainTraining:
+    """Steps of the inner optimizer on the batches of a stream.
+
+    Losses are read from the device once in ``MOST_BATCHES`` steps (or ``MOST_BYTES`` of batches). After a loss that was
+    not finite they are read at every step, until a row of steps has gone well.
+    """
+
+    def __init__(self, problem: BilevelProblem, stream: BatchStream) -> None:
+        self._problem = problem
+        self._stream = stream
+        self._wary = False
+
+    def take(self, steps: int, values: dict[str, Value], before: Snapshot | None = None) -> list[float]:
+        """Train for so many steps; L before each. A step whose L is not finite leaves the model as it was.
+
+        Args:
+            steps: how many.
+            values: the constrained hyperparameters, without a graph.
+            before: a snapshot of the problem as it stands, from a caller who has one.
+        """
+        losses: list[float] = []
+        between: Snapshot | None = None  # where a later row begins
+        while len(losses) < steps:
+            left = steps - len(losses)
+            if self._wary or left < 2:
+                losses += self._careful(left, values)
+                continue
+            if losses or before is None:
+                before = between = between or Snapshot(self._problem)
+                between.take()
+            losses += self._row(left, values, before)
+        return losses
+
+    def _careful(self, steps: int, values: dict[str, Value]) -> list[float]:
+        """Steps with a look at each loss."""
+        losses = [train_step(self._problem, self._stream.next(), values) for _ in range(min(steps, MOST_BATCHES))]
+        self._wary = not _all_finite(losses)
+        return losses
+
+    def _row(self, steps: int, values: dict[str, Value], before: Snapshot) -> list[float]:
+        """A row of steps, as long as it may be, with one look at its losses."""
+        batch = self._stream.next()
+        size = self._size(batch)
+        if size * _WORTHWHILE > MOST_BYTES:
+            return [train_step(self._problem, batch, values)]
+        row = _Row(self._problem, values, before)
+        failure: BaseException | None = None
+        try:
+            row.step(batch)
+            while len(row.batches) < min(steps, MOST_BATCHES) and size <= MOST_BYTES:
+                batch = self._stream.next()
+                size += self._size(batch)
+                row.step(batch, draws=not self._stream.is_list)
+        except BaseException as error:
+            failure = error
+        losses = row.read()
+        if not _all_finite(losses):
+            self._wary = True
+            losses = row.again()
+            if row.stepping and isinstance(failure, Exception):
+                failure = None  # it came of weights that a look at each loss has now kept away
+        if failure is not None:
+            raise failure
+        return losses
+
+    def _size(self, batch: Any) -> int:
+        """The bytes that holding a batch takes."""
+        return 0 if self._stream.is_resident else bytes_of(batch)
+
+
+class _Row:
+    """Steps that are taken without a look at their losses, and all that taking them again needs.
+
+    Attributes:
+        batches: those of the steps so far.
+        stepping: whether a step was begun and not ended.
+    """
+
+    def __init__(self, problem: BilevelProblem, values: dict[str, Value], before: Snapshot) -> None:
+        self._problem, self._values, self._before = problem, values, before
+        self._options = [dict(group) for group in problem.optimizer.param_groups]  # some optimizers count in there
+        networks = [value for value in values.values() if isinstance(value, nn.Module)]
+        self._buffers = [(buffer, buffer.clone()) for network in networks for buffer in network.buffers()]
+        self._random: list[list[Tensor] | None] = []
+        self._losses: list[Tensor] = []
+        self.batches: list[Any] = []
+        self.stepping = False
+
+    def step(self, batch: Any, *, draws: bool = True) -> None:
+        """One more step, whatever its loss is; ``draws`` where random numbers may have been drawn since the last."""
+        self.stepping = True
+        self._random.append(random_states(self._problem.device) if draws else None)
+        self.batches.append(batch)
+        loss = self._problem.training_loss(batch, self._values)
+        self._losses.append(loss.detach())
+        descend(self._problem, loss)
+        self.stepping = False
+
+    def read(self) -> list[float]:
+        """The losses so far."""
+        return torch.stack(self._losses).tolist() if self._losses else []
+
+    def again(self) -> list[float]:
+        """The same steps from the same start, with a look at each loss."""
+        self._before.restore()
+        self._problem.optimizer.zero_grad(set_to_none=True)
+        for group, options in zip(self._problem.optimizer.param_groups, self._options, strict=True):
+            group.update(options)
+        for buffer, before in self._buffers:
+            buffer.copy_(before)
+        losses = []
+        for batch, states in zip(self.batches, self._random, strict=True):
+            if states is not None:
+                set_random_states(states, self._problem.device)
+            losses.append(train_step(self._problem, batch, self._values))
+        return losses
+
+
+def _all_finite(losses: list[float]) -> bool:
+    return all(map(math.isfinite, losses))

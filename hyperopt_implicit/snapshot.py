@@ -1,0 +1,78 @@
+"""Copies of tensors that change, kept in memory that is allocated once and written again each time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperopt_implicit.problem import BilevelProblem, InnerState
+
+
+class Copies:
+    """Copies of a row of tensors; new memory is taken only where the row has others than the last time.
+
+    Attributes:
+        tensors: the copies.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self._kinds: list[Any] = []
+        self._alike: list[list[int]] = []
+
+    @torch.no_grad()
+    def take(self, live: Sequence[Tensor]) -> None:
+        """Copy the tensors as they are now."""
+        kinds = [(each.shape, each.dtype, each.device) for each in live]
+        if kinds != self._kinds:
+            self.tensors = [each.detach().clone() for each in live]
+            self._kinds = kinds
+            places: dict[Any, list[int]] = {}
+            for i, (_, dtype, device) in enumerate(kinds):
+                places.setdefault((dtype, device), []).append(i)
+            self._alike = list(places.values())  # on a GPU, one kernel copies all those of a kind
+            return
+        for alike in self._alike:
+            torch._foreach_copy_([self.tensors[i] for i in alike], [live[i] for i in alike])
+
+
+class Snapshot:
+    """A copy of parameters, buffers and the inner optimizer's state of a problem, and the way back to it."""
+
+    def __init__(self, problem: BilevelProblem) -> None:
+        self._problem = problem
+        self._copies = Copies()
+        self._buffers: list[str] = []
+        self._slots: list[list[str]] = []
+        self._plain: list[dict[str, Any]] = []
+
+    def take(self) -> None:
+        """Copy the present state, over the last one."""
+        live: list[Tensor] = list(self._problem.params.values())
+        kept = [self._problem.optimizer.state.get(p, {}) for p in live]
+        buffers = dict(self._problem.model.named_buffers())
+        self._buffers = list(buffers)
+        self._slots = [[key for key, x in each.items() if isinstance(x, Tensor)] for each in kept]
+        self._plain = [{key: _plain(x) for key, x in each.items() if not isinstance(x, Tensor)} for each in kept]
+        live += buffers.values()
+        live += [each[key] for each, slots in zip(kept, self._slots, strict=True) for key in slots]
+        self._copies.take(live)
+
+    def restore(self) -> None:
+        """Put the state back."""
+        copies = iter(self._copies.tensors)
+        params = {name: next(copies) for name in self._problem.params}
+        buffers = {name: next(copies) for name in self._buffers}
+        optimizer = {
+            name: {key: _plain(x) for key, x in plain.items()} | {key: next(copies) for key in slots}
+            for name, plain, slots in zip(params, self._plain, self._slots, strict=True)
+        }
+        self._problem.load_inner_state(InnerState(params, buffers, optimizer))
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, int | float | None) else copy.deepcopy(value)

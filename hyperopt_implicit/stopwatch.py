@@ -1,0 +1,31 @@
+"""How long calls take beside each other, on a machine that does other things as well."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+ROUNDS = 7
+
+
+def quickest(calls: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
+    """Seconds of each call, the least of several rounds in which they take turns, after one that does not count."""
+    # processor time is not disturbed by others, but with several threads it is not what a caller waits for
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.thread_time if alone else time.perf_counter
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(ROUNDS + 1):
+        for call, each in zip(calls, times, strict=True):
+            _wait(device)
+            started = clock()
+            call()
+            _wait(device)
+            each.append(clock() - started)
+    return [min(each[1:]) for each in times]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
