@@ -136,7 +136,7 @@ def along_training(
 
 
 def cold(case: Case, most: int = 80) -> dict[str, float | None]:
-    """What ``neumann`` and ``cg`` cost to come within the tolerance from nothing, in g; None where ``most`` is short."""
+    """What ``neumann`` and ``cg`` cost to come within the tolerance from nothing, in g; None beyond ``most``."""
     problem = case.make()
     values = problem.hyperparameters.values()
     for _ in range(WARM_UP):

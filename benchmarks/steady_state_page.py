@@ -160,8 +160,8 @@ def _sampled_section(name: str, runs: dict[str, Run]) -> list[str]:
     ratio = runs[AUTO].error / solved
     lines += [
         "",
-        f"The running estimate of `auto` is off by {runs[AUTO].error:.0%}, {ratio:.2f} times as much as the better of the "
-        f"two cold solves with one product ({solved:.0%}); the target is below 0.5: "
+        f"The running estimate of `auto` is off by {runs[AUTO].error:.0%}, {ratio:.2f} times as much as the better of "
+        f"the two cold solves with one product ({solved:.0%}); the target is below 0.5: "
         f"{'met' if ratio < 0.5 else 'missed'}.",
         "",
         f"What `auto` said last: “{runs[AUTO].note}”",
@@ -174,8 +174,8 @@ def _choices_section(choices: list[tuple[str, tuple[str, Run], Run]], sampled: d
         "",
         "## `auto` against the best fixed choice",
         "",
-        "The best fixed choice is the cheapest method of the tables above (in full precision) whose error is within 1 %; "
-        "on mini-batches, where none is, the one of least error among those that cost no more than 1.1 times as much. "
+        "The best fixed choice is the cheapest method of the tables above (in full precision) whose error is within "
+        "1 %; on mini-batches, where none is, the one of least error among those that cost no more than 1.1 times as much. "
         "Allowed is 1.1.",
         "",
         "| problem | best fixed choice | its cost | `auto` / it | error of `auto` | |",
@@ -201,8 +201,8 @@ def _cold_section(cases: list[Case]) -> list[str]:
         "",
         "## From cold to 1 %",
         "",
-        "The fewest terms or iterations that come within 1 %, with nothing carried over; `neumann` is given 1/λ_max and "
-        "does not spend a product on its residual. The target for `cg` is half of `neumann`.",
+        "The fewest terms or iterations that come within 1 %, with nothing carried over; `neumann` is given 1/λ_max "
+        "and does not spend a product on its residual. The target for `cg` is half of `neumann`.",
         "",
         "| problem | `neumann` | `cg` | ratio | |",
         "|---|---|---|---|---|",

@@ -29,8 +29,8 @@ ENTRY_POINT_GROUP = "hyperopt_implicit.backends"
 State = dict[str, Any]
 """What a backend carries from one call to the next: tensors, dicts of tensors and numbers, so that it can be saved.
 
-A dict of tensors in it is a vector with the names and shapes of w or of λ; a state in which one no longer fits the model
-is dropped as a whole (``carried.py``), and the backend starts as at its first call.
+A dict of tensors in it is a vector with the names and shapes of w or of λ; a state in which one no longer fits the
+model is dropped as a whole (``carried.py``), and the backend starts as at its first call.
 """
 
 

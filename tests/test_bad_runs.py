@@ -104,8 +104,8 @@ BACKENDS: dict[str, Refusal] = {
     "unknown option": (
         lambda model: run(model, backend={"name": "neumann", "trems": 3}),
         hi.BackendError,
-        "Neumann has no option 'trems'; it has terms, step_size, tolerance, measure_residual, damping, curvature. "
-        "Did you mean 'terms'?",
+        "Neumann has no option 'trems'; it has terms, step_size, tolerance, measure_residual, damping, curvature, "
+        "precision, refinements, compile. Did you mean 'terms'?",
     ),
     "option out of range": (
         lambda model: hi.get_backend("neumann", terms=0),
@@ -316,7 +316,8 @@ SEARCHES: dict[str, Refusal] = {
     "unknown option of the backend": (
         lambda model: hi.search(builder, {"name": "cg", "steps": 3}),
         hi.BackendError,
-        "ConjugateGradient has no option 'steps'; it has tolerance, max_iterations, warm_start, damping, curvature.",
+        "ConjugateGradient has no option 'steps'; it has tolerance, max_iterations, warm_start, damping, curvature, "
+        "precision, refinements, compile, preconditioner.",
     ),
     "unknown backend among the choices": (
         lambda model: hi.search(builder, CategoricalDistribution(["cg", "newman"])),

@@ -142,16 +142,17 @@ class Auto(ImplicitBackend):
     - A indefinite or singular: the same with the damping δ = max(1.5·|λ_min|, 0.1·λ_max). It is reported, and what it
       costs in accuracy with respect to A itself is a line of ``check``.
     - mini-batches, or a random loss: ``soba`` with a step size that falls from 1/λ_max to a quarter of it, so that
-      the solution averages over the last batches, from a rough one on the first. Further products on one mini-batch make it worse, not better.
+      the solution averages over the last batches, from a rough one on the first. Further products on one mini-batch
+      make it worse, not better.
     - hyperparameters of the inner optimizer: ``unrolled``, through the inner steps.
 
     It keeps watching. The residual is measured at every call, and goes into an estimate of the hypergradient's error by
     a factor that is measured at the 10th call with a method, the 40th, the 160th and so on, by solving five times
-    more accurately there. (With ``cg``, whose residual follows that factor, it comes down by no
-    more than half at once, and is measured again five calls later.) Where the median estimate of 40 calls is above ``tolerance``, or that of ten above twice as
-    much, ``heavy_ball`` gives way to ``cg``, and is tried again after a while. Where A loses its definiteness, or
-    mini-batches turn up, all begins anew, and so it does for a damped A after 50 calls, 200 more, 800 more: the model
-    may have arrived at a minimum.
+    more accurately there. (With ``cg``, whose residual follows that factor, it comes down by no more than half at once,
+    and is measured again five calls later.) Where the median estimate of 40 calls is above ``tolerance``, or that of
+    ten above twice as much, ``heavy_ball`` gives way to ``cg``, and is tried again after a while. Where A loses its
+    definiteness, or mini-batches turn up, all begins anew, and so it does for a damped A after 50 calls, 200 more, 800
+    more: the model may have arrived at a minimum.
 
     ``budget`` is the largest cost of one hypergradient in g, the forward and backward of the training loss on the same
     batches (measured at the first call; the calls that measure cost more). It wins over ``tolerance``.
@@ -375,7 +376,7 @@ class Auto(ImplicitBackend):
         """Put into words what was decided."""
         cost, method = plan.costs.of(1, shared=True), "heavy_ball"
         if plan.rung < 0:
-            method = f"soba with a step size that falls from {plan.step_size:.2g} to a quarter"
+            method = f"soba with a step size from {1.0 / (plan.largest or 1.0):.2g} down to a quarter of it"
         elif plan.rung > 0:
             cost, method = plan.costs.of(2, shared=False), f"cg to a residual of {self._target(plan):.2g}"
         note = f"auto takes {method}: {plan.what}; a product costs {plan.costs.product:.1f} g and a hypergradient "

@@ -89,7 +89,8 @@ def compare(
         }
         rows, left_out = [], {}
         for spec in list_backends() if backends is None else backends:
-            label, chosen = _labelled(spec)
+            label, named = _labelled(spec)
+            chosen = named.for_problem(start)
             setting = settings[chosen.differentiates == "trajectory"]
             try:
                 chosen.check(start)
