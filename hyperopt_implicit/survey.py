@@ -195,11 +195,13 @@ def condition(found: Iterations) -> float:
 
 
 def has_more_batches(problem: BilevelProblem, training_batches: Sequence[Any]) -> bool:
-    """Whether the problem's data holds more than the batches of one hypergradient; False where it has no data."""
-    for data, given in ((problem.training_data, len(training_batches)), (problem.validation_data, 1)):
-        if data is not None and (number_of_batches(data) or math.inf) > given:
-            return True
-    return False
+    """Whether the training data holds more than the batches of one hypergradient; False where there is no data.
+
+    The validation data does not matter: with all of the training data, A is exact, and so is a hypergradient for its
+    validation batch.
+    """
+    data = problem.training_data
+    return data is not None and (number_of_batches(data) or math.inf) > len(training_batches)
 
 
 def fingerprint(batches: Any) -> list[float]:

@@ -185,12 +185,15 @@ def test_backends_that_are_left_out_for_one_reason_share_a_line():
     assert {"cg", "exact", "unrolled"} <= set(found.left_out)
     lines = [line for line in found.legend().splitlines() if "has no second derivative" in line]
     assert len(lines) == 1
-    assert lines[0].startswith("left out: amigo, cg, exact, ")
+    assert lines[0].startswith("left out: amigo, auto, cg, exact, ")
 
 
 def test_learning_rate_is_seen_by_trajectories_only():
-    found = compare(ridge(also=learning_rate()))
-    trajectory = {name for name in hi.list_backends() if hi.get_backend(name).differentiates == "trajectory"}
+    problem = ridge(also=learning_rate())
+    found = compare(problem)
+    chosen = {name: hi.get_backend(name).for_problem(problem) for name in hi.list_backends()}
+    trajectory = {name for name, backend in chosen.items() if backend.differentiates == "trajectory"}
+    assert "auto" in trajectory  # which leaves it to unrolled
     assert {row.name for row in found.rows} == trajectory
     assert set(found.left_out) == set(hi.list_backends()) - trajectory
     assert all("'lr'" in reason for reason in found.left_out.values())

@@ -133,12 +133,13 @@ class Auto(ImplicitBackend):
     """Measures what the problem is like, takes the method that an expert would, and says which and why.
 
     The first call measures, in the course of a hypergradient: what a gradient, a product and the mixed derivative cost;
-    whether the batches are all the data or a part of it, and whether the loss draws random numbers; the extreme
-    eigenvalues of A that v sees; and, where the inner optimizer is of Adam's kind, whether its second moment is a good
-    preconditioner. From that follows:
+    whether the batches are all the training data or a part of it, and whether the loss draws random numbers; the
+    extreme eigenvalues of A that v sees; and, where the inner optimizer is of Adam's kind, whether its second moment is
+    a good preconditioner. From that follows:
 
-    - all the data, A positive definite: ``heavy_ball`` with one product where that keeps the error below ``tolerance``,
-      else ``cg`` with a warm start and as many products as that takes.
+    - all the training data, A positive definite: ``heavy_ball`` with one product where that keeps the error below
+      ``tolerance``, else ``cg`` with a warm start and as many products as that takes (so it is where only the
+      validation batch changes: for each of them the answer is exact).
     - A indefinite or singular: the same with the damping δ = max(1.5·|λ_min|, 0.1·λ_max). It is reported, and what it
       costs in accuracy with respect to A itself is a line of ``check``.
     - mini-batches, or a random loss: ``soba`` with a step size that falls from 1/λ_max to a quarter of it, so that
@@ -199,7 +200,7 @@ class Auto(ImplicitBackend):
         plan, carried, spent = Plan.from_state(state.get("plan", {})), state.get("method", {}), 0
         batches: list[float] = []
         if problem.training_data is None:
-            batches = fingerprint([list(training_batches), validation_batch])
+            batches = fingerprint(list(training_batches))
         if plan is None or plan.is_outdated(batches):
             changed = plan is not None and bool(plan.batches) and bool(batches) and plan.batches != batches
             sampled = changed or has_more_batches(problem, training_batches)
@@ -258,7 +259,7 @@ class Auto(ImplicitBackend):
                 )
             product = clock.seconds / one / max(hessian.products, 1)
             clock(lambda: hessian.mixed(vector))
-        data = "mini-batches" if sampled else "a random loss" if drew else "all the data at each call"
+        data = "mini-batches" if sampled else "a random loss" if drew else "all the training data at each call"
         plan = Plan(
             rung=-1 if sampled or drew else 0,
             costs=Costs(one, validation, graph, product, clock.seconds / one),
