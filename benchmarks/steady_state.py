@@ -135,8 +135,11 @@ def along_training(
     return runs
 
 
-def cold(case: Case, most: int = 80) -> dict[str, float | None]:
-    """What ``neumann`` and ``cg`` cost to come within the tolerance from nothing, in g; None beyond ``most``."""
+def cold(case: Case, most: int = 80) -> dict[str, tuple[int, float] | None]:
+    """The terms or iterations with which ``neumann`` and ``cg`` come within the tolerance from nothing, and their cost.
+
+    The cost is that of the whole hypergradient, in g; None where ``most`` are too few.
+    """
     problem = case.make()
     values = problem.hyperparameters.values()
     for _ in range(WARM_UP):
@@ -162,7 +165,7 @@ def cold(case: Case, most: int = 80) -> dict[str, float | None]:
             return hi.get_backend("cg", max_iterations=count, tolerance=0.0, warm_start=False, damping=case.damping)
         return hi.get_backend("neumann", terms=count, step_size=step_size, measure_residual=False, damping=case.damping)
 
-    found: dict[str, float | None] = {}
+    found: dict[str, tuple[int, float] | None] = {}
     for name in ("neumann", "cg"):
         found[name] = None
         for count in range(1, most + 1):
@@ -170,7 +173,7 @@ def cold(case: Case, most: int = 80) -> dict[str, float | None]:
             result = backend.hypergradient(problem, batches, held_out, {})
             if _error(result.gradients, exact) <= TOLERANCE:
                 call = lambda b=backend: b.hypergradient(problem, batches, held_out, {})  # noqa: E731
-                found[name] = statistics.median(seconds_of(call) for _ in range(9)) / g
+                found[name] = count, statistics.median(seconds_of(call) for _ in range(9)) / g
                 break
     return found
 

@@ -216,16 +216,23 @@ def _cold_section(cases: list[Case]) -> list[str]:
         "|---|---|---|---|---|",
     ]
     for case in cases:
-        costs = cold(case)
-        series, cg = costs["neumann"], costs["cg"]
+        found = cold(case)
+        series, cg = found["neumann"], found["cg"]
         assert cg is not None
         if series is None:
-            lines.append(f"| {case.name} | more than 80 terms | {cg:.1f} g | | met |")
+            lines.append(f"| {case.name} | more than 80 terms | {cg[0]} iterations, {cg[1]:.1f} g | | met |")
         else:
-            ratio = cg / series
+            ratio = cg[1] / series[1]
             lines.append(
-                f"| {case.name} | {series:.1f} g | {cg:.1f} g | {ratio:.2f} | {'met' if ratio <= 0.5 else 'missed'} |"
+                f"| {case.name} | {series[0]} terms, {series[1]:.1f} g | {cg[0]} iterations, {cg[1]:.1f} g | "
+                f"{ratio:.2f} | {'met' if ratio <= 0.5 else 'missed'} |"
             )
+    lines += [
+        "",
+        "Both gradients and the mixed derivative are part of the cost, and no solver saves them; where A is well "
+        "conditioned, the series is short as well, and half of it is out of reach from cold. With the solution carried "
+        "it is not: see the tables above.",
+    ]
     return lines
 
 

@@ -24,7 +24,7 @@ from hyperopt_implicit.inner_loop import train_step
 from hyperopt_implicit.operators import LossHessian
 from hyperopt_implicit.survey import Costs
 from hyperopt_implicit.testing.assertions import assert_unchanged, relative_error, same, saved_and_loaded
-from hyperopt_implicit.testing.oracles import flatten, implicit_hypergradient, train_to_minimum
+from hyperopt_implicit.testing.oracles import dense_derivatives, flatten, implicit_hypergradient, train_to_minimum
 from hyperopt_implicit.testing.specimens import (
     TRAINING,
     VALIDATION,
@@ -317,6 +317,16 @@ def test_a_damped_system_that_is_solved_to_rounding_is_not_called_converged():
     assert Moving(DEFINITE, Auto(tolerance=1e-13)).step().status is Status.CONVERGED
 
 
+def test_the_error_of_a_damped_system_is_measured_on_that_system():
+    run = Moving(INDEFINITE, Auto(), turn=0.001)
+    with pytest.warns(HyperoptWarning):
+        result = run.steps(10)[-1]
+    v = run.problem.model.weight.detach() - 1.0
+    damped = torch.linalg.solve(INDEFINITE + run.state["plan"]["damping"] * IDENTITY, v)
+    error = relative_error(result.gradients, {"shift": damped})
+    assert run.state["plan"]["error"] == pytest.approx(error, rel=0.3)
+
+
 def test_a_singular_hessian_is_damped():
     run = Moving(with_spectrum([0.0, *spread(0.5, 5.0, SIZE - 1)]), Auto())
     with pytest.warns(HyperoptWarning, match=r"^auto met an? (singular|indefinite) Hessian .* damped by 0\.5\. "):
@@ -389,7 +399,22 @@ def test_mini_batches_with_negative_curvature():
         state = functools.reduce(call, range(120), state)
     result = found[-1]
     assert len(caught) == 1 and state["plan"]["damping"] > 0.0
+    last = dense_derivatives(problem, [TRAINING]).hessian  # of the survey at the 100th call
+    largest = float(torch.linalg.eigvalsh(last)[-1]) + state["plan"]["damping"]
+    assert state["plan"]["largest"] == pytest.approx(largest, rel=0.01)
     assert math.isfinite(float(flatten(result.gradients).norm()))
+
+
+def test_a_mini_batch_that_curves_downwards():
+    """On the average of all it does not: what is known of the problem stays, and no survey is made for it."""
+    m, state, found = mixture(2, noise=0.5), {}, []
+    m.hessians[1].copy_(-0.4 * m.hessians[0])
+    for t in range(30):
+        found.append(m.hypergradient(Auto(), [t % 2], state))
+        state = found[-1].state
+        assert "plan" in state
+    assert {r.status for r in found[1::2]} == {Status.NEGATIVE_CURVATURE}
+    assert [r.hvps for r in found[1:]] == [1] * 29
 
 
 def test_the_gauss_newton_matrix():
@@ -529,15 +554,15 @@ def test_a_budget_that_one_product_is_more_than():
     assert Auto(budget=1e9).hypergradient(run.problem, [None], None, {}).note.endswith(" g.")
 
 
-def test_a_budget_for_heavy_ball_only():
-    """It is never left, however large the error, and hardly ever spends more than a product."""
-    _, results = budgeted(3.5)
+@pytest.mark.parametrize("budget", [3.5, 5.0, 7.9])
+def test_a_budget_for_heavy_ball_only(budget):
+    """It is never left, however large the error, and spends a product: three iterations would do worse than that."""
+    _, results = budgeted(budget, turn=0.05)
     assert {method(r) for r in results} == {"heavy_ball"}
-    spent = [r.hvps for t, r in enumerate(results) if t not in (0, 9, 39)]
-    assert set(spent) <= {1, 2} and statistics.mean(spent) < 1.3
+    assert {r.hvps for t, r in enumerate(results) if t not in (0, 9, 39)} == {1}
 
 
-@pytest.mark.parametrize(("budget", "iterations"), [(5.0, 1), (6.0, 2), (9.9, 5)])
+@pytest.mark.parametrize(("budget", "iterations"), [(8.0, 4), (9.9, 5), (12.0, 8)])
 def test_a_budget_for_a_few_iterations(budget, iterations):
     """Validation gradient, graph, a product for the warm start and the mixed derivative leave so many."""
     _, results = budgeted(budget)

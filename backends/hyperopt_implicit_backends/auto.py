@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from hyperopt_implicit.problem import BilevelProblem
 
 _LOOSE, _LOST = 5.0, 0.1  # times the tolerance, but no more than this: where heavy_ball solves anew
+_FEW = 4  # iterations of conjugate gradients: with less, one product a call with momentum is better
 _SURVEY_ITERATIONS, _ANEW = 60, 40  # iterations at most, of conjugate gradients and where heavy_ball solves anew
 _SAMPLED_STEPS = ((20, 1.0), (80, 0.5), (math.inf, 0.25))  # of 1/λ_max on mini-batches, up to so many calls
 _SURVEY_AGAIN = 100  # calls after which a mini-batch's largest eigenvalue is looked up again
@@ -296,7 +297,7 @@ class Auto(ImplicitBackend):
             return _made(Soba, self, damping=plan.damping, step_size=plan.step_size)
         shared = {"damping": plan.damping, "preconditioner": plan.preconditioner}
         if plan.rung == 0:
-            anew = min(_LOOSE * target, _LOST) if iterations >= 1 else 1.0
+            anew = min(_LOOSE * target, _LOST) if iterations >= _FEW else 1.0
             return _made(HeavyBall, self, tolerance=anew, max_iterations=max(min(iterations, _ANEW), 1), **shared)
         return _made(ConjugateGradient, self, tolerance=target, max_iterations=max(iterations, 1), **shared)
 
@@ -364,7 +365,7 @@ class Auto(ImplicitBackend):
             return
         allowed = self.tolerance if len(plan.recent) >= _LASTING else math.inf
         if statistics.median(plan.recent) > allowed or statistics.median(plan.recent[-_RECENT:]) > 2.0 * self.tolerance:
-            if plan.rung == 0 and self._affordable_iterations(plan) >= 1:
+            if plan.rung == 0 and self._affordable_iterations(plan) >= _FEW:
                 plan.rest *= 2 if plan.tried else 1
                 plan.take(1)
                 self._say(plan)

@@ -103,8 +103,10 @@ class HeavyBall(PreconditionedBackend):
     ) -> Solution:
         u: Params = state.get("solution", {})
         d: Params = state.get("displacement", {})
-        if not (same_shapes(u, vector) and same_shapes(d, vector) and is_finite(u)):
+        if not (same_shapes(u, vector) and is_finite(u)):
             return self._anew(operator, vector, {}, diagonal, None)
+        if not same_shapes(d, vector):  # u is another method's, and nothing is known of the spectrum
+            return self._anew(operator, vector, {}, diagonal, measured(u, operator @ u, vector))
         rate, momentum = coefficients(state["smallest"], state["largest"], self.products)
         for _ in range(self.products - 1):
             u, d = _step(u, d, add(vector, operator @ u, -1.0), rate, momentum, diagonal)
@@ -121,6 +123,7 @@ class HeavyBall(PreconditionedBackend):
         """By conjugate gradients, from u where that is nearer than zero; with bounds for the steps to come."""
         size = norm(vector)
         warm = seen is not None and seen.size < 1.0
+        depth = _WARM if state else _COLD  # deep enough for bounds, where there are none
         steepest = 0.0
         if seen is not None and warm:
             steepest = norm(add(vector, seen.residual, -1.0)) / norm(seen.solution)
@@ -128,7 +131,7 @@ class HeavyBall(PreconditionedBackend):
             operator,
             vector,
             (clone(seen.solution), seen.residual) if seen is not None and warm else None,
-            target=max((_WARM if warm else _COLD) * self.tolerance, precision(vector)) * size,
+            target=max(depth * self.tolerance, precision(vector)) * size,
             iterations=self.max_iterations,
             steepest=steepest,
             preconditioner=diagonal,
