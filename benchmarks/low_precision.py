@@ -253,6 +253,8 @@ def steady_table(found: dict[str, tuple[float, list[Steady]]]) -> list[str]:
 
 def page(by_product: dict[str, tuple[float, list[Product]]], by_run: dict[str, tuple[float, list[Steady]]]) -> str:
     units = ", ".join(f"{name.split()[0]} {g * 1e3:.2f} ms" for name, (g, _) in by_product.items())
+    table = product_table(by_product)
+    never = ": here, where the last column says never" if any(line.endswith("| never |") for line in table) else ""
     return "\n".join(
         [
             "# Benchmarks: bfloat16 and compiled products",
@@ -264,13 +266,13 @@ def page(by_product: dict[str, tuple[float, list[Product]]], by_run: dict[str, t
             "",
             "## A Hessian-vector product",
             "",
-            *product_table(by_product),
+            *table,
             "",
             "What is done once a hypergradient is the forward and the backward that keeps its graph, or the first of "
             "the compiled halves. The error is that of A·∂F/∂w in that form beside float32 by autograd. Compiling is "
             "tracing and torch's inductor for both halves, from an empty cache, in processor time; a backend that "
             "takes the mixed derivative with a product has a third part compiled when it is first used. `compile=True` "
-            "falls back to autograd, with a warning, where the last column says never.",
+            f"falls back to autograd, with a warning, where its products are not faster{never}.",
             "",
             "## A hypergradient, with the state carried",
             "",

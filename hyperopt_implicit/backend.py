@@ -157,6 +157,16 @@ class Backend(ABC):
     batches: ClassVar[Literal["averaged", "sampled"]] = "averaged"
     card: ClassVar[Card | None] = None
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "__repr__" not in vars(cls):  # or @dataclass would write one, which never shows a field with repr=False
+            cls.__repr__ = Backend.__repr__  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        options = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        shown = [f.name for f in options if f.repr or getattr(self, f.name) != f.default]
+        return f"{type(self).__qualname__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
+
     def __post_init__(self) -> None:
         for name, value in validated_options(
             type(self), {f.name: getattr(self, f.name) for f in options_of(type(self))}
@@ -205,6 +215,10 @@ class Backend(ABC):
 
     def for_problem(self, problem: BilevelProblem) -> Backend:
         """The backend to use on a problem: this one, unless it leaves a whole family of problems to another."""
+        return self
+
+    def settled(self, state: State) -> Backend:
+        """The method behind a state: this backend, unless it chooses among others as it goes."""
         return self
 
     def check_steps(self, steps: int) -> None:  # noqa: B027  (most methods take any number)

@@ -23,7 +23,7 @@ _HPARAMS = "the set of hyperparameters"
 
 
 def fitting(state: State, problem: BilevelProblem) -> State:
-    """The state, or an empty one, with a warning, where it holds a vector that is shaped neither like w nor like λ."""
+    """The state, each vector in the order of w or of λ; an empty one, with a warning, where one is like neither."""
     params, hparams = problem.params, problem.hparams
     for name, vector in _vectors("", state):
         if not _alike(vector, params) and not _alike(vector, hparams):
@@ -37,7 +37,7 @@ def fitting(state: State, problem: BilevelProblem) -> State:
                 "it."
             )
             return {}
-    return state
+    return _in_order(state, params, hparams)
 
 
 def _vectors(name: str, value: Any) -> Iterator[tuple[str, Params]]:
@@ -49,6 +49,17 @@ def _vectors(name: str, value: Any) -> Iterator[tuple[str, Params]]:
         return
     for key, x in value.items():
         yield from _vectors(str(key), x)
+
+
+def _in_order(value: Any, *spaces: Params) -> Any:
+    """The same, with names in the order that arithmetic on vectors takes for granted; the very object where they are."""
+    if not isinstance(value, dict):
+        return value
+    for space in spaces:
+        if value.keys() == space.keys() and all(isinstance(x, Tensor) for x in value.values()):
+            return value if list(value) == list(space) else {name: value[name] for name in space}
+    ordered = {key: _in_order(x, *spaces) for key, x in value.items()}
+    return ordered if any(ordered[key] is not x for key, x in value.items()) else value
 
 
 def _alike(x: Params, y: Params) -> bool:

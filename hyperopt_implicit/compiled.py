@@ -1,30 +1,34 @@
 """Compiled products: the gradient-vector product is traced, cut where the vector comes in, and both halves compiled.
 
 The half before the cut is run once for a hypergradient, as building a graph is; the half after it once for a product.
-Compiling takes tens of seconds for each kind of batch, so what is compiled is kept here, by problem, and never in a
+Compiling takes seconds to tens of seconds for each kind of batch, so what is compiled is kept here, by problem, and never in a
 backend. How the trace is cut and compiled is in ``tracing.py``.
 
 What a trace cannot see it takes for a constant: a number that the loss computes outside of tensors. The gradient of the
-compiled half is therefore compared with that of autograd at the first calls and every so many after that.
+compiled half is therefore compared with that of autograd at the first calls for each kind of batch, and every so many
+after that.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
 from hyperopt_implicit.messages import warn
 from hyperopt_implicit.operators import LossHessian, gradients, mean_training_loss, twice_differentiable
 from hyperopt_implicit.randomness import random_states, replaying, set_random_states
 from hyperopt_implicit.stopwatch import quickest
 from hyperopt_implicit.tracing import Call, Program, UntraceableError, program
-from hyperopt_implicit.vectors import Params, add, norm, precision
+from hyperopt_implicit.vectors import Params, add, is_finite, norm, precision
 
 if TYPE_CHECKING:
     from hyperopt_implicit.problem import BilevelProblem
@@ -32,8 +36,8 @@ if TYPE_CHECKING:
 MOST_KINDS = 3
 """Kinds of batch (shapes, dtypes, modes of the model) that are compiled for one problem; more stay with autograd."""
 
-CHECKED_AT = (1, 2)
-"""Calls in which the gradient is compared with that of autograd, beside every ``CHECKED_EVERY``-th."""
+CHECKED_AT = (1, 2, 4, 8, 16)
+"""Calls, counted for each kind of batch, in which the gradient is compared with that of autograd, beside every ``CHECKED_EVERY``-th."""
 
 CHECKED_EVERY = 20
 
@@ -42,10 +46,11 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class _Kept:
-    """What is compiled for a problem, by kind of batch; whether that has been given up; ‖A x‖/‖x‖ as it was met."""
+    """What is compiled for a problem, and its calls, by kind of batch; what has been given up; ‖A x‖/‖x‖ as met."""
 
     programs: dict[Any, Program | None] = field(default_factory=dict)
-    calls: int = 0
+    calls: Counter[Any] = field(default_factory=Counter)
+    full: bool = False
     stiffness: float = 0.0
     given_up: bool = False
 
@@ -75,22 +80,24 @@ def compiled(
         return eager()
     call = Call.of(problem, training_batches, lowered, gauss_newton)
     if call.key not in kept.programs:
-        if len(kept.programs) >= MOST_KINDS:
-            kept.programs[call.key] = None
+        if len(kept.programs) < MOST_KINDS:
+            _make(problem, call, eager, kept)
+        elif not kept.full:
+            kept.full = True
             warn(
-                f"compile=True compiles for {MOST_KINDS} kinds of batches at most (shapes, dtypes, modes of the "
-                "model), and this is another; its products are not compiled. Give batches of one shape, as a "
-                "DataLoader does with drop_last=True."
+                f"compile=True compiles for {MOST_KINDS} kinds of batches at most (shapes, dtypes, numbers in the "
+                "batch, modes of the model), and this is another; products are not compiled for it, nor for any "
+                "other. Give batches of one shape, as a DataLoader does with drop_last=True, and numbers that vary as "
+                "tensors."
             )
-        else:
-            kept.programs[call.key] = _made(problem, call, eager, kept)
-    found = kept.programs[call.key]
+    found = kept.programs.get(call.key)
     if found is None:
         return eager()
-    kept.calls += 1
+    kept.calls[call.key] += 1
+    count = kept.calls[call.key]
     before = random_states(problem.device)
     hessian = CompiledHessian(problem, found, call)
-    if kept.calls in CHECKED_AT or kept.calls % CHECKED_EVERY == 0:
+    if count in CHECKED_AT or count % CHECKED_EVERY == 0:
         with replaying(before, problem.device):
             loss, gradient = _by_autograd(problem, training_batches, lowered)
         if not _agree(hessian, loss, gradient, kept.stiffness, lowered):
@@ -153,15 +160,33 @@ class CompiledHessian(LossHessian):
         return self._mixed[1]
 
 
-def _made(problem: BilevelProblem, call: Call, eager: Callable[[], LossHessian], kept: _Kept) -> Program | None:
-    """The compiled halves, tried on a product; None, with a warning, where they fail or gain nothing."""
+def _make(problem: BilevelProblem, call: Call, eager: Callable[[], LossHessian], kept: _Kept) -> None:
+    """Keep what :func:`_made` gives; nothing where there are no finite numbers to compare with, so that it is retried."""
     states = random_states(problem.device)
+    with replaying(states, problem.device):
+        theirs = eager()
+    ones = {name: torch.ones_like(p) for name, p in problem.params.items()}
+    vector = next(x for x in (theirs.gradient, {n: p.detach() for n, p in problem.params.items()}, ones) if norm(x))
+    expected = theirs @ vector
+    if is_finite(theirs.gradient) and is_finite(expected):
+        kept.stiffness = max(kept.stiffness, norm(expected) / norm(vector))
+        kept.programs[call.key] = _made(problem, call, states, theirs, vector, expected)
+
+
+def _made(
+    problem: BilevelProblem,
+    call: Call,
+    states: list[Tensor],
+    theirs: LossHessian,
+    vector: Params,
+    expected: Params,
+) -> Program | None:
+    """The compiled halves, tried on a product; None, with a warning, where they fail or gain nothing."""
     started = time.perf_counter()
     try:
         with replaying(states, problem.device):
             made = program(problem, call)
             ours = CompiledHessian(problem, made, call)
-            vector = ours.gradient if norm(ours.gradient) > 0.0 else {n: p.detach() for n, p in problem.params.items()}
             product = ours @ vector
     except UntraceableError as error:
         warn(
@@ -170,9 +195,6 @@ def _made(problem: BilevelProblem, call: Call, eager: Callable[[], LossHessian],
         )
         return None
     seconds = time.perf_counter() - started
-    with replaying(states, problem.device):
-        theirs = eager()
-    expected = theirs @ vector
     wrong = _difference(product, expected)
     if not wrong <= (10.0 if call.lowered is None else 30.0) * _rounding(product, call.lowered):
         warn(
@@ -180,7 +202,6 @@ def _made(problem: BilevelProblem, call: Call, eager: Callable[[], LossHessian],
             f"{wrong:.2g} of their size. Products are not compiled. Leave the option out."
         )
         return None
-    kept.stiffness = max(kept.stiffness, norm(expected) / norm(vector))
     before, after = quickest([lambda: theirs @ vector, lambda: ours @ vector], problem.device)
     if after >= before:
         warn(
@@ -222,7 +243,10 @@ def _agree(ours: CompiledHessian, loss: float, gradient: Params, stiffness: floa
     """Whether L and ∂L/∂w are the same up to rounding.
 
     A gradient is a sum that cancels near a minimum, and its rounding goes with the terms: with ‖w‖ times the curvature.
+    Where one is not finite, neither may the other be.
     """
+    if not (math.isfinite(loss) and is_finite(gradient)):
+        return not (math.isfinite(ours.loss) and is_finite(ours.gradient))
     allowed = _rounding(gradient, lowered)
     if not abs(ours.loss - loss) <= allowed * abs(loss):
         return False

@@ -48,7 +48,8 @@ def number_of_batches(data: Data) -> int | None:
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with everything that has a ``.to`` moved to the device; dicts, lists and (named) tuples are entered."""
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)  # from pinned memory, the caller need not wait
+        # from pinned memory to CUDA the caller need not wait; other copies could be read before they have arrived
+        return batch.to(device, non_blocking=device.type == "cuda")
     if type(batch) is tuple:  # the common case, at a tenth of what a tree costs
         return tuple([to_device(each, device) for each in batch])
     if pytree.tree_is_leaf(batch):
@@ -84,7 +85,7 @@ class BatchStream:
 
     def __init__(self, data: Data, device: torch.device, role: str) -> None:
         self._data = data
-        self.is_list = isinstance(data, list | tuple)
+        self.is_list = type(data) in (list, tuple)  # a subclass may iterate otherwise
         self.is_resident = self.is_list and device.type == "cpu"
         self._device = device
         self._role = role

@@ -82,6 +82,7 @@ class Composite:
         batches: those over which the loss is averaged.
         lowered: the dtype of autocast, or None.
         buffers: to be used in the place of the model's; not changed.
+        fixed: to be used in the place of the model's parameters that are not trained.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Composite:
         batches: Sequence[Any],
         lowered: torch.dtype | None,
         buffers: Params | None = None,
+        fixed: Params | None = None,
     ) -> None:
         self._weights = list(params.values())
         self._outputs: list[Tensor] = []  # z, with its graph over the weights
@@ -99,7 +101,7 @@ class Composite:
         handle = problem.model.register_forward_hook(lambda module, inputs, outputs: self._intercept(outputs))
         try:
             with twice_differentiable(problem):
-                loss = mean_training_loss(problem, params, hparams, batches, lowered, buffers)
+                loss = mean_training_loss(problem, {**params, **(fixed or {})}, hparams, batches, lowered, buffers)
         finally:
             handle.remove()
         self._check()

@@ -1,6 +1,6 @@
 """What a run leaves behind: one record an outer step, the history of them, and the result.
 
-Nothing here computes; ``optimize.py`` fills it, ``tracking.py`` and ``figures.py`` show it.
+Nothing here computes; ``outer_loop.py`` fills it, ``tracking.py`` and ``figures.py`` show it.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -232,6 +232,7 @@ class Result:
         seconds: wall-clock time of training and outer steps, without tracking's start and end.
         run_id: of the MLflow run, where tracking was on and its server reachable.
         run_link: where to look at it.
+        failed_steps: outer steps in which the hyperparameters did not move.
     """
 
     problem: BilevelProblem
@@ -246,4 +247,4 @@ class Result:
     seconds: float
     run_id: str | None = None
     run_link: str | None = None
-    failed_steps: int = field(default=0)
+    failed_steps: int = 0

@@ -117,7 +117,8 @@ class HyperOptimizer:
         if isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer):
             raise HyperoptError(
                 "the outer optimizer must be a torch.optim class, or a callable that makes an optimizer from the "
-                f"hyperparameters' tensors; got an instance of {type(optimizer).__name__}."
+                f"hyperparameters' tensors; got an instance of {type(optimizer).__name__}. Pass the class, such as "
+                "torch.optim.Adam, and its options by keyword."
             )
         self.problem = problem
         self.backend = get_backend(backend).for_problem(problem)
@@ -218,5 +219,8 @@ def _check_tunes_something(problem: BilevelProblem) -> None:
 def _batches(problem: BilevelProblem, training_batches: Sequence[Any], validation_batch: Any) -> tuple[list[Any], Any]:
     training = [to_device(batch, problem.device) for batch in training_batches]
     if not training:
-        raise ProblemError("training_batches must hold at least one batch; it is empty.")
+        raise ProblemError(
+            "training_batches must hold at least one batch; it is empty. Pass [batch], or one batch for each inner "
+            "step to differentiate."
+        )
     return training, to_device(validation_batch, problem.device)

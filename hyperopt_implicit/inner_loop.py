@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hyperopt_implicit.operators import twice_differentiable
 from hyperopt_implicit.optimizers import (
@@ -27,6 +27,7 @@ from hyperopt_implicit.optimizers import (
 )
 from hyperopt_implicit.problem import BilevelProblem, InnerState, write_option
 from hyperopt_implicit.randomness import random_states
+from hyperopt_implicit.snapshot import Buffers
 from hyperopt_implicit.updates import Adjoint, adjoint_of, apply_update, update_in_place
 from hyperopt_implicit.vectors import Params
 
@@ -35,11 +36,18 @@ if TYPE_CHECKING:
 
 
 def train_step(problem: BilevelProblem, batch: Any, values: dict[str, Value]) -> float:
-    """One plain step of the inner optimizer; returns L before it. A non-finite L leaves the model as it was."""
+    """One plain step of the inner optimizer; returns L before it.
+
+    A non-finite L leaves the model as it was, running statistics included, and those of networks that are tuned.
+    """
+    networks = [value for value in values.values() if isinstance(value, nn.Module)]
+    before = Buffers([problem.model, *networks])
     loss = problem.training_loss(batch, values)
     number = float(loss.detach())
     if math.isfinite(number):
         descend(problem, loss)
+    else:
+        before.restore()
     return number
 
 
@@ -96,7 +104,8 @@ class InnerSteps:
             ({key: x for key, x in group.items() if key != "params"}, names)
             for group, names in problem.parameter_groups
         ]
-        self._adjoint = adjoint_of(self._rule, [options for options, _ in self._groups])
+        complex_ = any(p.is_complex() for p in problem.params.values())  # which torch.optim takes apart
+        self._adjoint = None if complex_ else adjoint_of(self._rule, [options for options, _ in self._groups])
 
     def start(self) -> Iterate:
         """A copy of the model's present state."""
@@ -132,7 +141,8 @@ class InnerSteps:
     def advance(self, t: int, current: Iterate, hparams: Params, batch: Any) -> float:
         """Step t, by which ``current`` is moved on in place; returns L before it.
 
-        A step that is taken again from the same iterate, with generators in the same state, is the same to the bit.
+        A step that is taken again from the same iterate, with generators in the same state, is the same to the bit
+        where the operations are deterministic.
         """
         loss, gradient, _ = self.gradients(leaves(current.params), hparams, batch, current.buffers, graph=False)
         with torch.no_grad():

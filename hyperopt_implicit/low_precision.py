@@ -87,43 +87,53 @@ def _name(device: torch.device) -> str:
     return f"this processor ({device})" if device.type == "cpu" else f"device '{device}'"
 
 
-_speedups: WeakKeyDictionary[BilevelProblem, float] = WeakKeyDictionary()
+_speedups: WeakKeyDictionary[BilevelProblem, dict[type[Hessian], float]] = WeakKeyDictionary()
 
 
-def bfloat16_speedup(problem: BilevelProblem, training_batches: Sequence[Any]) -> float:
-    """How many times faster a Hessian-vector product is in bfloat16 than in the model's own dtype.
+def bfloat16_speedup(problem: BilevelProblem, training_batches: Sequence[Any], kind: type[Hessian] = Hessian) -> float:
+    """How many times faster a product is in bfloat16 than in the model's own dtype.
 
-    Measured with a few products of each on the first of the batches, once for each problem; 0 where the device has no
-    units for it or the model is not in float32. Neither the model nor the global random state moves.
+    Measured with a few products of each on the first of the batches, once for each problem and kind of curvature; 0
+    where the device has no units for it or the model is not in float32. Neither the model nor the global random state
+    moves.
     """
     if not can_lower(problem) or not has_bfloat16(problem.device):
         return 0.0
-    if problem not in _speedups:
-        full, low = product_seconds(problem, training_batches[0])
-        _speedups[problem] = full / low
-    return _speedups[problem]
+    known = _speedups.setdefault(problem, {})
+    if kind not in known:
+        full, low = product_seconds(problem, training_batches[0], kind)
+        known[kind] = full / low
+    return known[kind]
 
 
-def product_seconds(problem: BilevelProblem, batch: Any) -> tuple[float, float]:
+def product_seconds(problem: BilevelProblem, batch: Any, kind: type[Hessian]) -> tuple[float, float]:
     """Seconds for a product in the model's own dtype, and in bfloat16."""
     states = random_states(problem.device)
-    forms = []
-    for dtype in (None, torch.bfloat16):
+    forms: list[LossHessian] = []
+    make = partial(kind, problem, [batch])
+    for build in (make, partial(lowered, make)):
         with replaying(states, problem.device):
-            forms.append(lowered(partial(Hessian, problem, [batch], dtype)))
+            forms.append(build())
     vector = {name: torch.ones_like(p) for name, p in problem.params.items()}
     full, low = quickest([partial(hessian.__matmul__, vector) for hessian in forms], problem.device)
     return full, low
 
 
-def speedup_or_warning(problem: BilevelProblem, training_batches: Sequence[Any], state: State) -> float:
-    """The speed-up, measured or carried; with a warning, once for each problem, where there is none."""
+def speedup_or_warning(
+    problem: BilevelProblem, training_batches: Sequence[Any], state: State, kind: type[Hessian]
+) -> float:
+    """The speed-up, measured or carried; with a warning, once for each problem and kind, where there is none.
+
+    Raises:
+        BackendError: the device has no units for it.
+    """
     carried: State = state.get(KEY, {})
     if "speedup" in carried:
         return float(carried["speedup"])
-    if problem in _speedups:
-        return _speedups[problem]
-    speedup = bfloat16_speedup(problem, training_batches)
+    if kind in _speedups.get(problem, {}):
+        return _speedups[problem][kind]
+    check_bfloat16(problem)  # a caller may have left the backend's own check out
+    speedup = bfloat16_speedup(problem, training_batches, kind)
     if speedup < 1.0:
         warn(
             f"precision='bfloat16' is slower on this problem: a Hessian-vector product takes {1.0 / speedup:.2f} times "
@@ -133,13 +143,14 @@ def speedup_or_warning(problem: BilevelProblem, training_batches: Sequence[Any],
     return speedup
 
 
-def lowered(make: Callable[[], LossHessian]) -> LossHessian:
-    """What is made, with the project's error where the loss does not run under autocast."""
+def lowered(make: Callable[[torch.dtype | None], LossHessian]) -> LossHessian:
+    """What is made in bfloat16, with the project's error where the loss runs in its own dtype, but not in that."""
     try:
-        return make()
+        return make(torch.bfloat16)
     except RuntimeError as error:
         if "dtype" not in str(error) and "BFloat16" not in str(error):
             raise
+        make(None)  # raises where the error is of the loss itself
         raise BackendError(
             "precision='bfloat16' runs the training loss under torch.autocast, and the loss must allow for results in "
             f"bfloat16; this one does not (torch says: {first_line(error)}). Convert with .float() or .to(other.dtype) "
@@ -166,7 +177,7 @@ class LowPrecision(LossHessian):
     def __init__(self, problem: BilevelProblem, make: Callable[[torch.dtype | None], LossHessian]) -> None:
         self._make, self._device = make, problem.device
         self._random = random_states(problem.device)
-        self._low = lowered(lambda: make(torch.bfloat16))
+        self._low = lowered(make)
         self._full: LossHessian | None = None
         self._first: tuple[Params, Params] | None = None
         self._last: tuple[Params, Params] | None = None

@@ -13,10 +13,13 @@ from collections.abc import Iterable
 from hyperopt_implicit.errors import HyperoptWarning
 
 
+_OURS = ("hyperopt_implicit", "hyperopt_implicit_backends")
+
+
 def warn(text: str) -> None:
     """Warn about something that the run survives, at the first line outside this library that led to it."""
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "hyperopt_implicit":
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _OURS:
         level, frame = level + 1, frame.f_back
     warnings.warn(text, HyperoptWarning, stacklevel=level)
 

@@ -22,6 +22,7 @@ from hyperopt_implicit.messages import warn
 from hyperopt_implicit.outer_loop import OuterLoop, Run
 from hyperopt_implicit.problem import BilevelProblem
 from hyperopt_implicit.progress import ProgressBar
+from hyperopt_implicit.randomness import random_states, replaying
 from hyperopt_implicit.report import Report
 from hyperopt_implicit.tracking import RunTracker, Tracking
 
@@ -58,9 +59,10 @@ def optimize(
     hyperparameters. The problem's model, optimizer and hyperparameters are changed in place, as in any training loop.
 
     Inner steps do not wait for the device: their losses are read together, once in up to 64 steps (fewer where batches
-    are large), and the numbers of a record once an outer step. An inner step whose loss is not finite is left out all
-    the same: the steps that were read together with it are then taken again, one by one, with the same random numbers
-    of torch, so that a training loss may be called twice on a batch.
+    are large), and the numbers of a record once an outer step; those of backends that differentiate through training
+    do, once a step. An inner step whose loss is not finite is left out all the same: the steps that were read together
+    with it are then taken again, one by one, with the same random numbers of torch, so that a training loss may be
+    called twice on a batch.
 
     Args:
         problem: the bilevel problem, with training and validation data.
@@ -88,10 +90,12 @@ def optimize(
             ``"skip"`` the step, or ``"raise"``. What is not finite is never applied.
         max_failures: stop after so many outer steps in a row in which nothing could be applied because a loss or a
             gradient was not finite. After each of them the model is put back to where it was before.
-        seed: seed of torch's generators during the run; they are put back afterwards. None leaves them alone.
+        seed: seed of torch's generators during the run, on all devices; they are put back afterwards. None leaves them
+            alone.
         callbacks: called with each :class:`OuterStep` and the problem; returning True ends the run. What a
             :class:`Report` among them has to show goes into the MLflow run.
-        progress: draw a progress bar; None draws on a terminal only.
+        progress: draw a progress bar; None draws on a terminal only, and elsewhere writes what the backend decided for
+            itself to stderr, a line each; False keeps silent about that as well.
         tracking: an MLflow run with the default settings (True), with others (a :class:`Tracking`), or none (False).
 
     Returns:
@@ -188,7 +192,7 @@ def optimize(
 
 def _warn_of_batches_left_out(data: object, warmup_steps: int, inner_steps: int, hessian_batches: int) -> None:
     """Inner steps and hypergradients take turns on one stream: on a list, each may meet some of the batches only."""
-    if not isinstance(data, list | tuple):
+    if not isinstance(data, list | tuple) or type(data) not in (list, tuple):  # a subclass may iterate otherwise
         return
     period = inner_steps + hessian_batches
     common = math.gcd(len(data), period)  # a place is only ever met again at places that differ by a multiple of it
@@ -210,7 +214,7 @@ def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
     if seed is None:
         yield
         return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with replaying(random_states(device), device):
         torch.manual_seed(seed)
         yield
 

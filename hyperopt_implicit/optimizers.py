@@ -203,7 +203,7 @@ def accepted(function: Callable[..., None]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
 
 
-def options_of(rule: UpdateRule, group: Group) -> Group:
+def arguments_of(rule: UpdateRule, group: Group) -> Group:
     """The options of a parameter group under the names of the functional form's arguments."""
     named = {**group}
     for key, parts in _PAIRS.items():
@@ -231,8 +231,12 @@ def scalar_dtype() -> torch.dtype:
 
 
 def existing_slots(rule: UpdateRule, group: Group, state: dict[str, Any]) -> Slots:
-    """What torch.optim keeps for one parameter as tensors; empty where it has not been updated yet."""
-    slots = {key: state[key].detach().clone() for key in rule.slots(group) if state.get(key) is not None}
+    """What torch.optim keeps for one parameter as tensors; empty where it has not been updated yet.
+
+    What the present options do not use, such as the buffer of a momentum that was set to zero, is kept along.
+    """
+    ever = rule.slots({**group, "momentum": True, "amsgrad": True, "centered": True})
+    slots = {key: state[key].detach().clone() for key in ever if state.get(key) is not None}
     if rule.steps and slots:
         step = state["step"]
         slots["step"] = step.detach().clone() if isinstance(step, Tensor) else torch.tensor(float(step))

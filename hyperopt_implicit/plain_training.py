@@ -3,7 +3,7 @@
 A step whose loss is not finite must leave the model as it was. A loop that looks at each loss before it steps waits for
 the device each time. Here the steps are taken first and their losses are read together; only where one of them was not
 finite, model, optimizer and generators go back to before, and the same batches are stepped through again with a look at
-each. What comes out is the same.
+each. What comes out is the same, to the bit where the operations are deterministic.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hyperopt_implicit.hyperparameters import Value
 from hyperopt_implicit.inner_loop import descend, train_step
 from hyperopt_implicit.problem import BilevelProblem
 from hyperopt_implicit.randomness import random_states, set_random_states
-from hyperopt_implicit.snapshot import Snapshot
+from hyperopt_implicit.snapshot import Buffers, Snapshot
 
 MOST_BATCHES = 64
 """Batches are held until their losses are read: so many at most,"""
@@ -55,6 +55,9 @@ class PlainTraining:
             if self._wary or left < 2:
                 losses += self._careful(left, values)
                 continue
+            if self._size(self._stream.peek()) * _WORTHWHILE > MOST_BYTES:
+                losses += self._careful(1, values)
+                continue
             if losses or before is None:
                 before = between = between or Snapshot(self._problem)
                 between.take()
@@ -71,8 +74,6 @@ class PlainTraining:
         """A row of steps, as long as it may be, with one look at its losses."""
         batch = self._stream.next()
         size = self._size(batch)
-        if size * _WORTHWHILE > MOST_BYTES:
-            return [train_step(self._problem, batch, values)]
         row = _Row(self._problem, values, before)
         failure: BaseException | None = None
         try:
@@ -108,9 +109,7 @@ class _Row:
 
     def __init__(self, problem: BilevelProblem, values: dict[str, Value], before: Snapshot) -> None:
         self._problem, self._values, self._before = problem, values, before
-        self._options = [dict(group) for group in problem.optimizer.param_groups]  # some optimizers count in there
-        networks = [value for value in values.values() if isinstance(value, nn.Module)]
-        self._buffers = [(buffer, buffer.clone()) for network in networks for buffer in network.buffers()]
+        self._networks = Buffers([value for value in values.values() if isinstance(value, nn.Module)])
         self._random: list[list[Tensor] | None] = []
         self._losses: list[Tensor] = []
         self.batches: list[Any] = []
@@ -134,10 +133,7 @@ class _Row:
         """The same steps from the same start, with a look at each loss."""
         self._before.restore()
         self._problem.optimizer.zero_grad(set_to_none=True)
-        for group, options in zip(self._problem.optimizer.param_groups, self._options, strict=True):
-            group.update(options)
-        for buffer, before in self._buffers:
-            buffer.copy_(before)
+        self._networks.restore()
         losses = []
         for batch, states in zip(self.batches, self._random, strict=True):
             if states is not None:

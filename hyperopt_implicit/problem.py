@@ -290,8 +290,14 @@ class BilevelProblem:
             self.optimizer.state.pop(p, None)
             if state.optimizer[name]:
                 self.optimizer.state[p] = {key: _copy(value) for key, value in state.optimizer[name].items()}
-        for name, buffer in self.model.named_buffers():
-            buffer.copy_(state.buffers[name])
+        for name, buffer in list(self.model.named_buffers()):
+            before = state.buffers.get(name, buffer)  # it may have been registered since
+            if before.shape == buffer.shape:
+                buffer.copy_(before)
+                continue
+            replacement = before.clone()
+            for owner, key in self._places.buffers()[f"model.{name}"]:
+                owner[key] = replacement
 
     @torch.no_grad()
     def sync_optimizer(self) -> None:

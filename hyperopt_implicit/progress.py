@@ -1,4 +1,4 @@
-"""The progress bar of a run, drawn by rich; nothing is drawn where the output is not a terminal."""
+"""The progress bar of a run, drawn by rich on a terminal, and what the backend has to say, there and elsewhere."""
 
 from __future__ import annotations
 

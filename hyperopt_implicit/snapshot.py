@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hyperopt_implicit.problem import BilevelProblem, InnerState
+
+_SET_FROM_OUTSIDE = {"params", "lr", "initial_lr", "momentum", "betas", "weight_decay"}
+"""Entries of an optimizer's groups that schedules and hyperparameters write; in others, some optimizers count."""
 
 
 class Copies:
@@ -40,8 +43,31 @@ class Copies:
             torch._foreach_copy_([self.tensors[i] for i in alike], [live[i] for i in alike])
 
 
+class Buffers:
+    """A copy of the buffers of modules, and the way back to it."""
+
+    def __init__(self, roots: Sequence[nn.Module]) -> None:
+        self._held = [
+            (each._buffers, key, buffer, buffer.clone())
+            for root in roots
+            for each in root.modules()
+            for key, buffer in each._buffers.items()
+            if buffer is not None
+        ]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the buffers back, those too that a module has replaced."""
+        for owner, key, buffer, before in self._held:
+            owner[key] = buffer.copy_(before) if buffer.shape == before.shape else before
+
+
 class Snapshot:
-    """A copy of parameters, buffers and the inner optimizer's state of a problem, and the way back to it."""
+    """A copy of parameters, buffers and the inner optimizer's state of a problem, and the way back to it.
+
+    What the optimizer counts in its groups is part of its state; learning rates and other options that schedules and
+    hyperparameters write there are not.
+    """
 
     def __init__(self, problem: BilevelProblem) -> None:
         self._problem = problem
@@ -49,6 +75,7 @@ class Snapshot:
         self._buffers: list[str] = []
         self._slots: list[list[str]] = []
         self._plain: list[dict[str, Any]] = []
+        self._groups: list[dict[str, Any]] = []
 
     def take(self) -> None:
         """Copy the present state, over the last one."""
@@ -58,6 +85,8 @@ class Snapshot:
         self._buffers = list(buffers)
         self._slots = [[key for key, x in each.items() if isinstance(x, Tensor)] for each in kept]
         self._plain = [{key: _plain(x) for key, x in each.items() if not isinstance(x, Tensor)} for each in kept]
+        groups = self._problem.optimizer.param_groups
+        self._groups = [{key: _plain(group[key]) for key in self._counted(group)} for group in groups]
         live += buffers.values()
         live += [each[key] for each, slots in zip(kept, self._slots, strict=True) for key in slots]
         self._copies.take(live)
@@ -72,6 +101,13 @@ class Snapshot:
             for name, plain, slots in zip(params, self._plain, self._slots, strict=True)
         }
         self._problem.load_inner_state(InnerState(params, buffers, optimizer))
+        for group, kept in zip(self._problem.optimizer.param_groups, self._groups, strict=True):
+            for key in self._counted(group) - kept.keys():
+                del group[key]
+            group.update({key: _plain(x) for key, x in kept.items()})
+
+    def _counted(self, group: dict[str, Any]) -> set[str]:
+        return group.keys() - _SET_FROM_OUTSIDE - set(self._problem.hyperparameters.names("optimizer"))
 
 
 def _plain(value: Any) -> Any:

@@ -33,6 +33,7 @@ Result = TypeVar("Result")
 _PRODUCTS = 20  # for the smallest eigenvalue, where it is negative
 _SAMPLED_PRODUCTS = 8  # for the largest one, on a mini-batch
 _SAMPLED_RESIDUAL = 1e-3  # to which it is solved at the same time: a start, soon averaged away
+_SAMPLED_START = 3  # iterations towards a solution to begin with, on a mini-batch
 _NEGATIVE = 1e-3  # of the largest eigenvalue: what is taken for negative curvature on one mini-batch
 _CONDITION = 2.0  # by which a preconditioner has to lower the condition number to be taken
 _ENTRIES = 512  # entries of a tensor by which batches are told apart
@@ -131,7 +132,7 @@ class Spectrum:
     def words(self) -> str:
         """Of it what decides."""
         if math.isnan(self.largest):
-            return "no validation gradient yet"
+            return "nothing finite to solve with yet"
         if self.damping:
             kind = "an indefinite Hessian" if self.smallest < 0.0 else "a singular Hessian"
             return f"{kind} (eigenvalues from {self.smallest:.2g} to {self.largest:.2g}), damped by {self.damping:.2g}"
@@ -168,25 +169,23 @@ def spectrum(
         damping = max(1.5 * max(-smallest, 0.0), 0.1 * largest)
         while (found := solve(damping)).status is Status.NEGATIVE_CURVATURE:
             damping *= 2.0  # Lanczos sees the smallest eigenvalue from above
-    preconditioned = False
+    preconditioned, largest = False, found.largest - damping
     if diagonal is not None and not found.status.failed:
         iterations = found.count  # one that needs more than without does not pay
         other = solve(damping, diagonal)
         preconditioned = not other.status.failed and condition(other) * _CONDITION < condition(found)
         found = other if preconditioned else found
-    return Spectrum(smallest, found.largest - damping, damping, preconditioned, found)
+    return Spectrum(smallest, largest, damping, preconditioned, found)
 
 
 def sampled_spectrum(operator: LinearOperator, vector: Params) -> Spectrum:
     """Of A on a mini-batch: its smallest eigenvalue may be a matter of the sample, unless it is far below zero."""
-    target = _SAMPLED_RESIDUAL * norm(vector)
-    found = conjugate_gradients(operator, vector, target=target, iterations=_SAMPLED_PRODUCTS)
-    if not found.status.failed:
-        return Spectrum(found.smallest, found.largest, solved=found, sampled=True)
     smallest, largest = lanczos(operator, vector, _SAMPLED_PRODUCTS)
-    indefinite = smallest < -_NEGATIVE * largest
-    damping = max(-1.5 * smallest, 0.1 * largest) if indefinite else 0.0
-    return Spectrum(smallest, largest, damping, sampled=True)
+    if smallest < -_NEGATIVE * largest:
+        return Spectrum(smallest, largest, max(-1.5 * smallest, 0.1 * largest), sampled=True)
+    target = _SAMPLED_RESIDUAL * norm(vector)  # a few iterations are a start; more would follow this one sample
+    found = conjugate_gradients(operator, vector, target=target, iterations=_SAMPLED_START)
+    return Spectrum(smallest, largest, solved=None if found.status.failed else found, sampled=True)
 
 
 def condition(found: Iterations) -> float:
@@ -195,13 +194,14 @@ def condition(found: Iterations) -> float:
 
 
 def has_more_batches(problem: BilevelProblem, training_batches: Sequence[Any]) -> bool:
-    """Whether the training data holds more than the batches of one hypergradient; False where there is no data.
+    """Whether a hypergradient's batches are other than all of the training data; False where there is no data.
 
     The validation data does not matter: with all of the training data, A is exact, and so is a hypergradient for its
     validation batch.
     """
     data = problem.training_data
-    return data is not None and (number_of_batches(data) or math.inf) > len(training_batches)
+    count = None if data is None else number_of_batches(data)
+    return data is not None and (not count or len(training_batches) % count != 0)
 
 
 def fingerprint(batches: Any) -> list[float]:
@@ -221,6 +221,22 @@ def fingerprint(batches: Any) -> list[float]:
         elif isinstance(leaf, str | bytes):
             found.append(float(zlib.crc32(leaf.encode() if isinstance(leaf, str) else leaf)))
     return found + (torch.stack(sums).tolist() if sums else [])
+
+
+def contents(batches: Any) -> list[float]:
+    """Numbers that tell what batches hold, in whatever order: of each tensor its size, sum and sum of squares."""
+    found: list[Tensor] = []
+    for leaf in _leaves(batches):
+        if isinstance(leaf, Tensor):
+            x = torch.view_as_real(leaf.detach()) if leaf.is_complex() else leaf.detach()
+            x = torch.nan_to_num(x.double(), 0.0, 1.0, -1.0)
+            found += [torch.tensor(float(x.numel()), dtype=x.dtype, device=x.device), x.sum(), x.square().sum()]
+    return torch.stack(found).tolist() if found else []
+
+
+def alike(x: Sequence[float], y: Sequence[float]) -> bool:
+    """Whether two such lists are equal but for the rounding of sums in another order."""
+    return len(x) == len(y) and all(math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-9) for a, b in zip(x, y, strict=True))
 
 
 def _leaves(batch: Any) -> Iterator[Any]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from hyperopt_implicit.errors import BackendError
 from hyperopt_implicit.gauss_newton import Composite
 from hyperopt_implicit.messages import first_line
 from hyperopt_implicit.operators import gradients, mean_training_loss, twice_differentiable
@@ -29,8 +30,8 @@ Half = Callable[..., Sequence[Tensor]]
 _PLAIN = (int, float, bool, str, bytes, type(None))  # what may be in a batch beside tensors, and is constant
 
 
-class UntraceableError(Exception):
-    """Why a loss cannot be traced or compiled, in a sentence, and where."""
+class UntraceableError(BackendError):
+    """Why a loss cannot be traced or compiled, in a sentence, and where; becomes a warning in ``compiled.py``."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Call:
     Attributes:
         inputs: parameters, hyperparameters, frozen parameters, buffers, and the tensors of the batches.
         counts: how many there are of each.
-        rest: the batches without their tensors.
+        rest: the batches with the type ``Tensor`` in the place of each tensor.
         lowered: the dtype of autocast.
         gauss_newton: whether the curvature is the Gauss-Newton matrix.
         key: equal for calls that one trace serves.
@@ -57,8 +58,9 @@ class Call:
     def of(problem: BilevelProblem, batches: Sequence[Any], lowered: torch.dtype | None, gauss_newton: bool) -> Call:
         """That of the problem at its present values."""
         leaves, spec = pytree.tree_flatten(list(batches))
+        rest = [Tensor if isinstance(x, Tensor) else x for x in leaves]
         tensors = [x for x in leaves if isinstance(x, Tensor)]
-        others = tuple(None if isinstance(x, Tensor) else _constant(x) for x in leaves)
+        others = tuple(map(_constant, rest))
         groups = [
             list(problem.params.values()),
             list(problem.hparams.values()),
@@ -71,7 +73,7 @@ class Call:
         modes = tuple(m.training for root in (problem.model, problem.hyperparameters) for m in root.modules())
         counts = tuple(map(len, groups))
         key = (kinds, counts, str(spec), others, modes, lowered, gauss_newton)
-        return Call(inputs, counts, (spec, leaves), lowered, gauss_newton, key)
+        return Call(inputs, counts, (spec, rest), lowered, gauss_newton, key)
 
     def split(self, inputs: Sequence[Tensor]) -> list[list[Tensor]]:
         """The inputs by group."""
@@ -85,7 +87,7 @@ class Call:
         """The batches with these tensors in the place of their own."""
         spec, leaves = self.rest
         given = iter(tensors)
-        made: list[Any] = pytree.tree_unflatten([next(given) if isinstance(x, Tensor) else x for x in leaves], spec)
+        made: list[Any] = pytree.tree_unflatten([next(given) if x is Tensor else x for x in leaves], spec)
         return made
 
 
@@ -196,7 +198,7 @@ def program(problem: BilevelProblem, call: Call) -> Program:
         UntraceableError: with the cause, and the place where it is known.
     """
     for leaf in call.rest[1]:
-        if not isinstance(leaf, (Tensor, *_PLAIN)):
+        if leaf is not Tensor and not isinstance(leaf, _PLAIN):
             raise UntraceableError(
                 f"a batch may hold tensors and numbers in lists and dicts, and this one holds a {type(leaf).__name__}."
             )
@@ -237,7 +239,7 @@ def traced(problem: BilevelProblem, call: Call) -> fx.GraphModule:
                 pulled = tuple(torch.zeros_like(x) for x in onto)
             multiplied = list(pulled[: len(params)])
             if call.gauss_newton:
-                composite = Composite(problem, params, hparams, batches, call.lowered, {**state})
+                composite = Composite(problem, params, hparams, batches, call.lowered, {**state}, others)
                 multiplied = composite.multiply(vector)
         return [x.detach() for x in (loss, *slopes.values(), *multiplied, *pulled[len(params) :])]
 

@@ -29,12 +29,12 @@ class Trajectory:
     """Inner steps from the model's present state, on copies. A context, at whose end what was kept is given up.
 
     A step that is taken again redraws its random numbers and starts from the same running statistics, by the same
-    operations, so that it leads to the same iterate to the bit.
+    operations, so that it leads to the same iterate, to the bit where the operations are deterministic.
 
     Args:
         problem: the problem; its model, optimizer and hyperparameters are read and not changed.
         batches: one batch for each step.
-        keep: how many of the last steps can be differentiated; None for all.
+        last: how many of the last steps can be differentiated; None for all.
         slots: how many iterates may be kept at a time; None for one a step.
         folder: where to keep them on disk, in a temporary directory of its own; None to keep them in memory.
 
@@ -48,7 +48,7 @@ class Trajectory:
         self,
         problem: BilevelProblem,
         batches: Sequence[Any],
-        keep: int | None = None,
+        last: int | None = None,
         *,
         slots: int | None = None,
         folder: str | None = None,
@@ -56,7 +56,7 @@ class Trajectory:
         self._steps = InnerSteps(problem)
         self._batches = batches
         self._hparams = {name: p.detach() for name, p in problem.hparams.items()}
-        length = len(batches) if keep is None else min(keep, len(batches))
+        length = len(batches) if last is None else min(last, len(batches))
         self._first = len(batches) - length
         self.plan = Plan(length, min(length, slots or length))
         self._actions = self.plan.actions

@@ -27,7 +27,7 @@ from torch.optim.asgd import asgd
 from torch.optim.sgd import sgd
 from torch.overrides import TorchFunctionMode
 
-from hyperopt_implicit.optimizers import SCALARS, Group, Slots, UpdateRule, accepted, first_slots, options_of
+from hyperopt_implicit.optimizers import SCALARS, Group, Slots, UpdateRule, accepted, arguments_of, first_slots
 
 
 def update_in_place(
@@ -46,7 +46,7 @@ def update_in_place(
         each or first_slots(rule, group, group["lr"], g) for each, g in zip(slots, grads, strict=True)
     ]
     lists = _lists(rule, group, state)
-    rule.function(params, grads, **lists, **options_of(rule, group), foreach=False)
+    rule.function(params, grads, **lists, **arguments_of(rule, group), foreach=False)
     for i, each in enumerate(state):
         each.update((key, lists[argument][i]) for key, argument in rule.slots(group).items())
         slots[i].update(each)
@@ -86,7 +86,7 @@ def apply_update(
         grads = [g.detach() for g in grads]
     state = [_own(rule, group, lr, each, g) for each, g in zip(slots, grads, strict=True)]
     lists = _lists(rule, group, state)
-    options = options_of(rule, group)
+    options = arguments_of(rule, group)
     options |= {name: value for name, value in tuned.items() if name in options}
     if "differentiable" in accepted(rule.function):
         options["differentiable"] = True

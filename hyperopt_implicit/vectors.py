@@ -75,8 +75,8 @@ def is_finite(x: Params) -> bool:
 
 
 def same_shapes(x: Params, y: Params) -> bool:
-    """Whether both have the same names and shapes, so that one can stand in for the other."""
-    return x.keys() == y.keys() and all(x[name].shape == y[name].shape for name in x)
+    """Whether both have the same names in the same order, and shapes, so that one can stand in for the other."""
+    return list(x) == list(y) and all(x[name].shape == y[name].shape for name in x)
 
 
 def _numbers(scalars: Sequence[Tensor]) -> list[float]:

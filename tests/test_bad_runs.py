@@ -254,7 +254,8 @@ OPTIONS: dict[str, Refusal] = {
         lambda model: run(model, outer_optimizer=torch.optim.Adam(model.parameters())),
         hi.HyperoptError,
         "the outer optimizer must be a torch.optim class, or a callable that makes an optimizer from the "
-        "hyperparameters' tensors; got an instance of Adam.",
+        "hyperparameters' tensors; got an instance of Adam. Pass the class, such as torch.optim.Adam, and its options "
+        "by keyword.",
     ),
     "tracking by address": (
         lambda model: run(model, tracking="http://127.0.0.1:5000"),
@@ -282,7 +283,8 @@ OPTIONS: dict[str, Refusal] = {
     "no training batch": (
         lambda model: hi.hypergradient(build(model), training_batches=[], validation_batch=torch.ones(3, 2)),
         hi.ProblemError,
-        "training_batches must hold at least one batch; it is empty.",
+        "training_batches must hold at least one batch; it is empty. Pass [batch], or one batch for each inner step to "
+        "differentiate.",
     ),
 }
 

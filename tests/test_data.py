@@ -52,6 +52,38 @@ def test_every_tensor_of_a_nested_batch_is_moved() -> None:
     assert to_device(torch.ones(1), META).device == META
 
 
+class Watched(Tensor):
+    """A tensor that notes whether it was moved without waiting."""
+
+    waits: list[bool]
+
+    def to(self, *args: Any, **options: Any) -> Watched:  # type: ignore[override]
+        self.waits.append(not options.get("non_blocking", False))
+        return self
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu", "mps"])
+def test_only_copies_to_cuda_are_not_waited_for(device: str) -> None:
+    """Another device's copy could be read before it has arrived."""
+    tensor = torch.ones(2).as_subclass(Watched)
+    tensor.waits = []
+    to_device((tensor,), torch.device(device))
+    assert tensor.waits == [device != "cuda"]
+
+
+class Shuffled(list[int]):
+    """A list that draws its order anew in each pass."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter([self[i] for i in torch.randperm(len(self))])
+
+
+def test_list_that_iterates_otherwise_is_not_taken_for_a_list() -> None:
+    """Its draws are replayed with the steps, and nothing is foretold of which batches come when."""
+    assert not BatchStream(Shuffled([1, 2]), CPU, "training_data").is_list
+    assert BatchStream([1, 2], CPU, "training_data").is_list and BatchStream((1, 2), CPU, "training_data").is_list
+
+
 def test_stream_begins_anew_after_each_pass() -> None:
     stream = BatchStream([1, 2, 3], CPU, "training_data")
     assert stream.take(7) == [1, 2, 3, 1, 2, 3, 1]

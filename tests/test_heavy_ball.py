@@ -383,7 +383,18 @@ def test_products_that_are_not_finite(bad, state):
 def test_a_state_that_is_not_its_own_is_a_cold_start(state):
     solution, products = solve(HeavyBall(), MATRIX, VECTOR, state)
     cold, count = solve(HeavyBall(), MATRIX, VECTOR)
-    assert torch.equal(flat(solution.value), flat(cold.value)) and products == count
+    looked = "b" in state["solution"]  # at a u that fits, by one product
+    assert torch.equal(flat(solution.value), flat(cold.value)) and products == count + looked
+
+
+def test_another_methods_solution_is_a_start():
+    """Fewer products than from nothing, and the spectrum is looked at as deep as from nothing."""
+    near = torch.linalg.solve(MATRIX, V) * 1.001
+    solution, products = solve(HeavyBall(), MATRIX, VECTOR, {"solution": split(near)})
+    _, count = solve(HeavyBall(), MATRIX, VECTOR)
+    assert products < count
+    assert true_residual(MATRIX, solution, VECTOR) <= 0.01 * HeavyBall().tolerance
+    assert solution.state["largest"] > 4.0
 
 
 # -------------------------------------------------------------------------------------------------------- whole runs

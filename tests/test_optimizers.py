@@ -253,7 +253,49 @@ def test_a_tuned_option_counts_in_every_group():
     assert_each_close(hypergradient(problem).gradients, differences(problem), 1e-7)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "rmsprop", "adam"])
+def test_a_buffer_that_is_no_longer_used_is_kept_as_torch_keeps_it(optimizer):
+    make, options, unused = {
+        "sgd": (torch.optim.SGD, {"momentum": 0.9}, {"momentum": 0.0}),
+        "rmsprop": (torch.optim.RMSprop, {"momentum": 0.9}, {"momentum": 0.0}),
+        "adam": (torch.optim.Adam, {"amsgrad": True}, {"amsgrad": False}),
+    }[optimizer]
+    problem = make_problem(lambda params: make(params, lr=0.01, **options), used=3)
+    problem.optimizer.param_groups[0].update(unused)
+    report = hypergradient(problem)
+    train(problem, BATCHES)
+    assert_same_state(report.endpoint, problem.inner_state())
+
+
 # ------------------------------------------------------------------------------------------------------ derivatives
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [row for row in OPTIMIZERS if row.name in ("sgd", "sgd nesterov", "sgd decay", "adam", "adam decay", "adamw")],
+    ids=str,
+)
+def test_complex_parameters(optimizer):
+    """Of which torch.optim takes real and imaginary parts for themselves."""
+
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor([1.0 + 2.0j, -0.5 + 0.3j, 0.2 - 1.0j]))
+
+    def training_loss(model, batch, *, decay):
+        x, y = batch
+        w = model.weight
+        return (torch.tanh((x * w).abs().sum(1)) - y).square().mean() + decay * (w.imag.square() * w.real.exp()).sum()
+
+    def validation_loss(model, batch):
+        x, y = batch
+        return ((x * model.weight).real.sum(1) - y).square().mean()
+
+    loss = hi.hyperparameter("decay", init=0.3)(training_loss)
+    problem = hi.BilevelProblem(Turned(), loss, validation_loss, optimizer=optimizer)
+    train(problem, BATCHES[:2])
+    assert_each_close(hypergradient(problem).gradients, differences(problem), 1e-7)
 
 
 @every_optimizer

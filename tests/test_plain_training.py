@@ -218,6 +218,79 @@ def test_running_statistics_of_a_network_that_is_tuned_go_back_as_well() -> None
     assert same(*results)
 
 
+def test_step_that_is_left_out_leaves_running_statistics_as_they_were() -> None:
+    """Those of the model and of a network that is tuned, which have met the batch by the time that L is known."""
+
+    def loss(model: nn.Module, batch: Batch, *, network: nn.Module) -> Tensor:
+        return validation_loss(model, batch) + network(batch[0]).square().mean()
+
+    network = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1)).double()
+    problem = noisy(training_loss=hi.hyperparameter("network", init=network)(loss))
+    values = problem.hyperparameters.values()
+    x, y = TRAINING
+    train_step(problem, TRAINING, values)
+    before = [x.clone() for x in [*end(problem)[:-1], *values["network"].buffers()]]
+    assert math.isnan(train_step(problem, (x * NAN, y), values))
+    assert same([*end(problem)[:-1], *values["network"].buffers()], before)
+
+
+def test_warmup_over_a_bad_batch_leaves_sound_running_statistics() -> None:
+    problem = noisy(training_data=Data((2,)))
+    hi.optimize(problem, "identity", warmup_steps=4, outer_steps=1, inner_steps=1, tracking=False)
+    assert all(bool(each.isfinite().all()) for each in problem.model.buffers())
+
+
+def test_restart_and_lost_steps_put_back_what_an_optimizer_counts() -> None:
+    model = Weights()
+    groups = [{"params": list(model.parameters()), "count": 5}]
+    problem = ridge(model=model, optimizer=Counting(groups, lr=0.1))
+    hi.optimize(problem, "identity", outer_steps=3, inner_steps=2, restart=True, tracking=False)
+    assert problem.optimizer.param_groups[0]["count"] == 7
+
+
+def test_snapshot_leaves_what_schedules_write_and_drops_counts_that_are_new() -> None:
+    model = Weights()
+    problem = ridge(model=model, optimizer=Counting(model.parameters(), lr=0.1))
+    snapshot = Snapshot(problem)
+    snapshot.take()
+    at_once(problem, 2, problem.hyperparameters.values())
+    (group,) = problem.optimizer.param_groups
+    assert group["count"] == 2
+    group["lr"], group["momentum"], group["nesterov"] = 0.01, 0.5, True
+    snapshot.restore()
+    assert "count" not in group
+    assert (group["lr"], group["momentum"], group["nesterov"]) == (0.01, 0.5, False)
+
+
+class Remembering(nn.Module):
+    """Keeps its last outputs in a buffer of their shape, from the first call on."""
+
+    def __init__(self, from_the_start: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 1).double()
+        if from_the_start:
+            self.register_buffer("last", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.linear(x)[:, 0]
+        self.register_buffer("last", out.detach())
+        return out
+
+
+@pytest.mark.parametrize("from_the_start", [False, True], ids=["new", "of another shape"])
+def test_buffers_that_come_or_grow_do_not_stand_in_the_way_of_going_back(from_the_start: bool) -> None:
+    x, y = TRAINING
+    problem = ridge(model=Remembering(from_the_start), training_data=[TRAINING, (x * NAN, y), *[TRAINING] * 3])
+    result = hi.optimize(problem, "identity", outer_steps=2, inner_steps=2, restart=True, tracking=False)
+    assert [each.failed_inner_steps for each in result.history] == [1, 0]
+    snapshot = Snapshot(problem)
+    snapshot.take()
+    kept = problem.model.last.clone()
+    problem.training_loss((x[:2], y[:2]))
+    snapshot.restore()
+    assert torch.equal(problem.model.last, kept)
+
+
 @pytest.mark.filterwarnings("ignore:hypergradient")
 @pytest.mark.parametrize("bad", [(), (1, 9, 10), (8,)], ids=str)
 @pytest.mark.parametrize("options", [{}, {"restart": True}, {"warmup_steps": 4}, {"outer_lr": 1.0}], ids=str)
@@ -350,6 +423,13 @@ def test_batches_are_held_up_to_a_number_of_bytes(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(plain_training, "MOST_BYTES", 5 * size)
     at_once(noisy(training_data=[TRAINING] * 2), 20, values)  # they are there anyway
     assert held == [20]
+
+
+def test_no_copy_is_made_for_batches_that_are_too_large_to_be_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plain_training, "MOST_BYTES", 3 * bytes_of(TRAINING))
+    monkeypatch.setattr(Snapshot, "take", lambda self: pytest.fail("a copy of the model was made"))
+    problem = noisy()
+    assert len(at_once(problem, 3, problem.hyperparameters.values())) == 3
 
 
 def growth(outer_steps: int, forget: int) -> tuple[float, float]:

@@ -7,8 +7,8 @@ import functools
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -17,12 +17,14 @@ from hyperopt_implicit.backend import Backend, Card, Hypergradient, State, Statu
 from hyperopt_implicit.implicit import ImplicitBackend, Solution
 from hyperopt_implicit.messages import warn
 from hyperopt_implicit.operators import LinearOperator, validation_gradients
+from hyperopt_implicit.plan import LASTING, NEXT_AUDIT, RECENT, Plan
 from hyperopt_implicit.preconditioner import second_moments
 from hyperopt_implicit.randomness import random_states, replaying
 from hyperopt_implicit.survey import (
     Clock,
     Costs,
     Spectrum,
+    contents,
     fingerprint,
     has_more_batches,
     sampled_spectrum,
@@ -41,92 +43,9 @@ if TYPE_CHECKING:
 _LOOSE, _LOST = 5.0, 0.1  # times the tolerance, but no more than this: where heavy_ball solves anew
 _FEW = 4  # iterations of conjugate gradients: with less, one product a call with momentum is better
 _SURVEY_ITERATIONS, _ANEW = 60, 40  # iterations at most, of conjugate gradients and where heavy_ball solves anew
-_SAMPLED_STEPS = ((20, 1.0), (80, 0.5), (math.inf, 0.25))  # of 1/λ_max on mini-batches, up to so many calls
-_SURVEY_AGAIN = 100  # calls after which a mini-batch's largest eigenvalue is looked up again
-_DAMPED_AGAIN = 50  # calls after which it is looked whether damping is still needed, 4 times as many where it is
-_RECENT, _LASTING = 10, 40  # calls over which the error may be twice the tolerance, and no more than it
-_FIRST_AUDIT, _NEXT_AUDIT = 10, 4  # after so many calls, and then after that many times as many
 _SOON = 5  # calls after which it is measured again where it was not what it was thought to be
 _SURVEY_DEPTH, _AUDIT_DEPTH = 0.1, 0.2  # of the tolerance, and of the residual, to which they solve
 _ROUNDING = 1e3  # residual, in units of rounding, below which it says nothing of the error
-_REST = 25  # calls with conjugate gradients before heavy_ball is tried again, doubled each time that fails
-
-
-@dataclass
-class Plan:
-    """What was found out about a problem, what follows from it, and how it is going.
-
-    Attributes:
-        rung: −1 for mini-batches; otherwise 0 for heavy_ball, and 1 for conjugate gradients.
-        costs: of the parts of a hypergradient, in g.
-        what: the problem, in words.
-        random: whether the loss draws random numbers.
-        damping: δ.
-        damped: whether some of it was found to be needed.
-        largest: the largest eigenvalue of A; 0 where it is not known.
-        preconditioner: as the methods take it.
-        ratio: the hypergradient's error over the residual, as last measured.
-        error: the error when it was last measured.
-        calls: since the survey.
-        again: after how many of these there is another, where A was damped.
-        since: calls since the present method was taken.
-        audit: at how many of these the error is measured next.
-        rest: after how many of these a cheaper method is tried.
-        tried: whether the present method is such a trial.
-        recent: what the errors of the last calls are thought to be.
-        batches: a fingerprint of the last call's batches, where the problem has no data to ask.
-        same: how often in a row it was the same.
-        note: all this in a line.
-    """
-
-    rung: int
-    costs: Costs
-    what: str
-    random: bool
-    damping: float
-    damped: bool
-    largest: float
-    preconditioner: Literal["adam"] | None = None
-    ratio: float = 1.0
-    error: float | None = None
-    calls: int = 0
-    again: int = _DAMPED_AGAIN
-    since: int = 0
-    audit: int = _FIRST_AUDIT
-    rest: int = _REST
-    tried: bool = False
-    recent: list[float] = field(default_factory=list)
-    batches: list[float] = field(default_factory=list)
-    same: int = 0
-    note: str = ""
-
-    @property
-    def step_size(self) -> float:
-        """On mini-batches: large until the solution has come near, then small, to average over more of them."""
-        share = next(share for calls, share in _SAMPLED_STEPS if self.since < calls)
-        return share / self.largest if self.largest > 0.0 else 1.0
-
-    def take(self, rung: int) -> None:
-        """Another method, of which nothing is known yet, but that the problem may have a ratio above 1."""
-        self.rung, self.since, self.audit, self.error = rung, 0, _FIRST_AUDIT, None
-        self.ratio, self.recent = max(self.ratio, 1.0), []
-
-    def is_outdated(self, batches: list[float]) -> bool:
-        """Whether what was found out may no longer hold; counts how often in a row the batches were the same."""
-        self.same = self.same + 1 if batches == self.batches else 0
-        if self.rung < 0:
-            settled = bool(batches) and self.same >= _RECENT and not self.random
-            return settled or self.calls >= _SURVEY_AGAIN or not self.largest > 0.0
-        return self.same == 0 or (self.damped and self.calls >= self.again) or not self.largest > 0.0
-
-    def state(self) -> State:
-        """As numbers and words, to be carried."""
-        return {**vars(self), "costs": self.costs.state()}
-
-    @staticmethod
-    def from_state(state: State) -> Plan | None:
-        """The plan that a state holds."""
-        return Plan(**{**state, "costs": Costs(**state["costs"])}) if state else None
 
 
 @dataclass(frozen=True)
@@ -159,7 +78,8 @@ class Auto(ImplicitBackend):
     ``budget`` is the largest cost of one hypergradient in g, the forward and backward of the training loss on the same
     batches (measured at the first call; the calls that measure cost more). It wins over ``tolerance``.
 
-    Cost: that of the method; about ten products at the first call, and up to as many at each check of the error. Memory
+    Cost: that of the method; at the first call, and at each check of the error, as many products as a cold solve takes,
+    which is ten on problems that are well conditioned and up to 60 on others (and 20 more for an indefinite A). Memory
     for six vectors.
 
     References:
@@ -171,7 +91,7 @@ class Auto(ImplicitBackend):
         True
     """
 
-    tolerance: Annotated[float, Field(gt=0, description="relative error of the hypergradient to aim at")] = 0.01
+    tolerance: Annotated[float, Field(gt=0, lt=1, description="relative error of the hypergradient to aim at")] = 0.01
     budget: Annotated[
         Annotated[float, Field(gt=0)] | None,
         Field(description="largest cost of a hypergradient, in forward and backward passes of the training loss"),
@@ -188,7 +108,21 @@ class Auto(ImplicitBackend):
     )
 
     def for_problem(self, problem: BilevelProblem) -> Backend:
-        return Unrolled() if problem.hyperparameters.names("optimizer") else self
+        hidden = problem.hyperparameters.names("optimizer")
+        if not hidden:
+            return self
+        asked = [o.name for o in dataclasses.fields(self) if getattr(self, o.name) != o.default]
+        if asked:
+            warn(
+                f"auto leaves {hidden[0]!r}, a hyperparameter of the inner optimizer, to the backend 'unrolled', which "
+                f"has none of its options; {', '.join(asked)} will do nothing. Leave them out, or choose 'unrolled' "
+                "yourself, with memory= for long training."
+            )
+        return Unrolled()
+
+    def settled(self, state: State) -> Backend:
+        plan = Plan.from_state(state.get("plan", {}))
+        return self if plan is None else self._method(plan)
 
     def hypergradient(
         self,
@@ -199,23 +133,27 @@ class Auto(ImplicitBackend):
         /,
     ) -> Hypergradient:
         plan, carried, spent = Plan.from_state(state.get("plan", {})), state.get("method", {}), 0
-        batches: list[float] = []
-        if problem.training_data is None:
-            batches = fingerprint(list(training_batches))
+        batches = list(training_batches) if problem.training_data is None else None
         if plan is None or plan.is_outdated(batches):
-            changed = plan is not None and bool(plan.batches) and bool(batches) and plan.batches != batches
+            changed = "largest" in state if plan is None else batches is not None and plan.same == 0
             sampled = changed or has_more_batches(problem, training_batches)
             with replaying(random_states(problem.device), problem.device):
                 plan, carried, spent = self._survey(problem, training_batches, validation_batch, carried, sampled, plan)
+            plan.largest = max(plan.largest, state.get("largest", 0.0))
+            if batches is not None:
+                plan.batches, plan.content = fingerprint(batches), contents(batches)
         backend = self._method(plan)
         result = backend.hypergradient(problem, training_batches, validation_batch, carried)
-        plan.calls, plan.since, plan.batches = plan.calls + 1, plan.since + 1, batches
+        plan.calls, plan.since, plan.products = plan.calls + 1, plan.since + 1, result.hvps
         status = result.status
         if status.failed and (plan.rung >= 0 or status is not Status.NEGATIVE_CURVATURE):
             carried = {"method": result.state}  # the problem is no longer what it was
+            if plan.rung < 0:  # but that it comes in samples, one of which has larger eigenvalues
+                carried["largest"] = 2.0 * plan.largest
         else:
             if plan.rung >= 0:
                 self._estimate(plan, backend, result)
+                self._warn_of_a_miss(plan, result)
                 if plan.since == plan.audit:
                     spent += self._audit(plan, problem, training_batches, validation_batch, result)
                 self._reconsider(plan)
@@ -244,7 +182,8 @@ class Auto(ImplicitBackend):
         one, drew = time_gradient(problem, training_batches, clock)
         _, vector, _ = clock(lambda: validation_gradients(problem, validation_batch))
         validation = clock.seconds / one
-        hessian = clock(lambda: self.linearise(problem, training_batches))
+        plain = dataclasses.replace(self, precision="full", compile=False)  # what compiling takes is no product's cost
+        hessian = clock(lambda: plain.linearise(problem, training_batches))
         graph = clock.seconds / one
         operator = self.damped(hessian)
         with torch.no_grad():
@@ -261,6 +200,8 @@ class Auto(ImplicitBackend):
             product = clock.seconds / one / max(hessian.products, 1)
             clock(lambda: hessian.mixed(vector))
         data = "mini-batches" if sampled else "a random loss" if drew else "all the training data at each call"
+        if not (sampled or drew) and problem.training_data is None and last is None:
+            data = "one batch so far"
         plan = Plan(
             rung=-1 if sampled or drew else 0,
             costs=Costs(one, validation, graph, product, clock.seconds / one),
@@ -275,7 +216,7 @@ class Auto(ImplicitBackend):
             plan.since = last.since  # the solution has settled already
         self._say(plan)
         if plan.damped and last is not None and last.damped:
-            plan.again = _NEXT_AUDIT * last.again
+            plan.again = NEXT_AUDIT * last.again
         elif plan.damped:
             warn(
                 f"auto met {seen.words}. The hypergradient is that of the damped system: its direction can be trusted "
@@ -306,7 +247,7 @@ class Auto(ImplicitBackend):
         return min(self.tolerance / plan.ratio, _LOST)
 
     def _affordable_iterations(self, plan: Plan) -> int:
-        if self.budget is None:
+        if self.budget is None or math.isinf(self.budget):
             return _SURVEY_ITERATIONS
         left = self.budget - plan.costs.of(1, shared=False)  # a warm start takes a product
         return int(left / plan.costs.product)
@@ -316,9 +257,9 @@ class Auto(ImplicitBackend):
     def _estimate(self, plan: Plan, backend: ImplicitBackend, result: Hypergradient) -> None:
         """What the error of this call is thought to be; one that had to solve anew says that the method is too weak."""
         residual = result.residual or 0.0
-        if isinstance(backend, HeavyBall) and result.hvps > backend.products:
+        if isinstance(backend, HeavyBall) and result.iterations > backend.products:
             residual = math.inf
-        plan.recent = [*plan.recent, plan.ratio * residual][-_LASTING:]
+        plan.recent = [*plan.recent, plan.ratio * residual][-LASTING:]
 
     def _audit(
         self,
@@ -329,7 +270,7 @@ class Auto(ImplicitBackend):
         result: Hypergradient,
     ) -> int:
         """Measure the error of a hypergradient by a more accurate one; returns the products spent."""
-        plan.audit = _NEXT_AUDIT * plan.since
+        plan.audit = NEXT_AUDIT * plan.since
         residual = result.residual or 0.0
         if not residual > _ROUNDING * precision(problem.params):
             return 0
@@ -345,26 +286,43 @@ class Auto(ImplicitBackend):
                 problem, training_batches, validation_batch, {"solution": result.state["solution"]}
             )
         size = norm(better.gradients)
-        if better.status is Status.CONVERGED and size > 0.0:
+        if better.status is not Status.CONVERGED:
+            plan.error = math.nan
+            self._say(plan)
+        elif size > 0.0:
             plan.error = norm(add(result.gradients, better.gradients, -1.0)) / size
             ratio = max(plan.error / residual, 1e-2)
             if plan.rung > 0:  # the residual follows the ratio, and what holds at one need not at another
                 if not 0.5 <= ratio / plan.ratio <= 2.0:
                     plan.audit = plan.since + _SOON
                 ratio = max(ratio, 0.5 * plan.ratio)
-            elif plan.since > _FIRST_AUDIT:  # one call is a sample of one
+            else:  # one call is a sample of one
                 ratio = math.sqrt(ratio * plan.ratio)
             plan.recent = [x / plan.ratio * ratio for x in plan.recent]
             plan.ratio = ratio
             self._say(plan)
         return better.hvps
 
+    def _warn_of_a_miss(self, plan: Plan, result: Hypergradient) -> None:
+        """Say once that the method of the last resort does not get there."""
+        last_resort = plan.rung == 1 or self._affordable_iterations(plan) < _FEW
+        if plan.warned or not last_resort or result.status is Status.CONVERGED or len(plan.recent) < RECENT:
+            return
+        if statistics.median(plan.recent[-RECENT:]) > 2.0 * self.tolerance:
+            plan.warned = True
+            warn(
+                f"auto was to keep the hypergradient's error below {self.tolerance:g}, and does not: after "
+                f"{result.hvps} products the residual is {result.residual:.2g}. Give it a larger budget where it has "
+                "one, add damping= or weight decay, or let the hyperparameters move more slowly (outer_lr, "
+                "inner_steps)."
+            )
+
     def _reconsider(self, plan: Plan) -> None:
         """Take the next method where the present one is not accurate enough, and a cheaper one after a while."""
-        if len(plan.recent) < _RECENT:
+        if len(plan.recent) < RECENT:
             return
-        allowed = self.tolerance if len(plan.recent) >= _LASTING else math.inf
-        if statistics.median(plan.recent) > allowed or statistics.median(plan.recent[-_RECENT:]) > 2.0 * self.tolerance:
+        allowed = self.tolerance if len(plan.recent) >= LASTING else math.inf
+        if statistics.median(plan.recent) > allowed or statistics.median(plan.recent[-RECENT:]) > 2.0 * self.tolerance:
             if plan.rung == 0 and self._affordable_iterations(plan) >= _FEW:
                 plan.rest *= 2 if plan.tried else 1
                 plan.take(1)
@@ -380,13 +338,17 @@ class Auto(ImplicitBackend):
         if plan.rung < 0:
             method = f"soba with a step size from {1.0 / (plan.largest or 1.0):.2g} down to a quarter of it"
         elif plan.rung > 0:
-            cost, method = plan.costs.of(2, shared=False), f"cg to a residual of {self._target(plan):.2g}"
+            cost, method = (
+                plan.costs.of(max(plan.products, 2), shared=False),
+                "cg from the last solution",
+            )
         note = f"auto takes {method}: {plan.what}; a product costs {plan.costs.product:.1f} g and a hypergradient "
-        note += f"{'at least' if plan.rung > 0 else 'about'} {cost:.1f} g"
+        note += f"about {cost:.1f} g"
         if self.budget is not None and cost > self.budget:
             note += f", which is the least there is and more than the budget of {self.budget:g} g"
         if plan.error is not None:
-            note += f"; its error was {plan.error:.1%} when last measured"
+            measured = f"was {plan.error:.1%} when last measured"
+            note += f"; its error {'could not be measured' if math.isnan(plan.error) else measured}"
         plan.note = note + "."
 
 

@@ -123,7 +123,7 @@ class HeavyBall(PreconditionedBackend):
         """By conjugate gradients, from u where that is nearer than zero; with bounds for the steps to come."""
         size = norm(vector)
         warm = seen is not None and seen.size < 1.0
-        depth = _WARM if state else _COLD  # deep enough for bounds, where there are none
+        depth = _WARM if warm and state else _COLD  # deep enough for bounds, where there are none
         steepest = 0.0
         if seen is not None and warm:
             steepest = norm(add(vector, seen.residual, -1.0)) / norm(seen.solution)

@@ -63,7 +63,8 @@ class Unrolled(Backend):
 
     ``folder`` keeps all on disk instead, in a temporary directory there that is removed at the end, whatever happens.
     A step that is taken again draws the same random numbers and moves the same running statistics by the same
-    operations: the result is the same to the bit whatever is kept. ``plan`` says beforehand what would be.
+    operations: the result is the same whatever is kept, to the bit where the operations are deterministic. ``plan``
+    says beforehand what would be.
 
     ``last=k`` differentiates the last k steps only: memory for k iterates, and an error that falls like the
     contraction of training over k steps (Shaban et al., proposition 3.1). It keeps the direction for weight decays and

@@ -152,7 +152,7 @@ class _Examination:
             found.target = self._unrolled()
             self._difference_training(found)
         elif self.twin.is_twice_differentiable():
-            self._solve(found)
+            self._solve(found, self.backend.settled(exact.state))
             self._difference_minima(found)
         else:
             self.notes.append(
@@ -170,13 +170,13 @@ class _Examination:
             self.notes.append(f"The training steps cannot be differentiated: {error}")
             return None
 
-    def _solve(self, found: Measurements) -> None:
+    def _solve(self, found: Measurements, backend: Backend) -> None:
         """The theorem at the present weights: with the damping and the curvature of the backend, and without."""
         found.target = found.theorem = theorem(self.twin).gradients
-        if isinstance(self.backend, ImplicitBackend):
-            found.true_residual = true_residual(self.twin, self.backend)
-            if self.backend.damping or self.backend.curvature != "hessian":
-                found.target = theorem(self.twin, self.backend).gradients
+        if isinstance(backend, ImplicitBackend):
+            found.solved_by, found.true_residual = backend, true_residual(self.twin, backend)
+            if backend.damping or backend.curvature != "hessian":
+                found.target = theorem(self.twin, backend).gradients
 
     def _difference_training(self, found: Measurements) -> None:
         found.slopes = [slope(self.twin, *each, self.twin.train) for each in directions(self.twin, self.seed)]

@@ -88,7 +88,8 @@ def compare(
             for through, count in ((False, hessian_batches), (True, inner_steps))
         }
         rows, left_out = [], {}
-        for spec in list_backends() if backends is None else backends:
+        given = [backends] if isinstance(backends, str | Mapping | Backend) else backends
+        for spec in list_backends() if given is None else given:
             label, named = _labelled(spec)
             chosen = named.for_problem(start)
             setting = settings[chosen.differentiates == "trajectory"]

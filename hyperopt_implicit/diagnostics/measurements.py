@@ -40,6 +40,7 @@ class Measurements:
         at_minimum: the theorem at that minimum.
         slopes: finite differences through minima, or through training.
         true_residual: ‖Au − v‖/‖v‖ as worked out anew, and as reported.
+        solved_by: the method that solved: the backend, or the one that it chose.
     """
 
     backend: Backend
@@ -63,6 +64,7 @@ class Measurements:
     at_minimum: Params | None = None
     slopes: list[Slope] = field(default_factory=list)
     true_residual: tuple[float, float | None] | None = None
+    solved_by: Backend | None = None
 
     @property
     def truth(self) -> Params | None:
@@ -241,9 +243,8 @@ class CheckReport:
             dtypes = {str(g.dtype).removeprefix("torch.") for g in result.gradients.values()}
             return f"{', '.join(sorted(dtypes))} against float64"
         if part == "damping and curvature":
-            return (
-                f"damping {getattr(found.backend, 'damping', 0)}, curvature {getattr(found.backend, 'curvature', '')}"
-            )
+            method = found.solved_by
+            return f"damping {getattr(method, 'damping', 0):.3g}, curvature {getattr(method, 'curvature', '')}"
         return "differentiation against finite differences"
 
 

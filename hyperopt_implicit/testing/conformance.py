@@ -255,7 +255,7 @@ class BackendConformance(Comparison):
         """Differentiated along a trajectory; refused by name where only the solution is seen."""
         rate = hyperparameter("lr", init=0.1, constraint=constraints.positive, target="optimizer")
         problem = ridge_problem(also=rate)
-        if self.through_training:
+        if self.backend.for_problem(problem).differentiates == "trajectory":
             batches = [TRAINING] * 5
             expected = unrolled_hypergradient(problem, batches, VALIDATION)
             self.agree(self.compute(problem, batches, VALIDATION).gradients, expected)
