@@ -163,7 +163,7 @@ class Backend(ABC):
             cls.__repr__ = Backend.__repr__  # type: ignore[method-assign]
 
     def __repr__(self) -> str:
-        options = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        options: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
         shown = [f.name for f in options if f.repr or getattr(self, f.name) != f.default]
         return f"{type(self).__qualname__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 

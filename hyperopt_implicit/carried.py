@@ -37,7 +37,8 @@ def fitting(state: State, problem: BilevelProblem) -> State:
                 "it."
             )
             return {}
-    return _in_order(state, params, hparams)
+    ordered: State = _in_order(state, params, hparams)
+    return ordered
 
 
 def _vectors(name: str, value: Any) -> Iterator[tuple[str, Params]]:
@@ -52,7 +53,7 @@ def _vectors(name: str, value: Any) -> Iterator[tuple[str, Params]]:
 
 
 def _in_order(value: Any, *spaces: Params) -> Any:
-    """The same, with names in the order that arithmetic on vectors takes for granted; the very object where they are."""
+    """The same, its vectors in the order that arithmetic takes for granted; the very object where they all are."""
     if not isinstance(value, dict):
         return value
     for space in spaces:

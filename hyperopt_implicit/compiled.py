@@ -1,8 +1,8 @@
 """Compiled products: the gradient-vector product is traced, cut where the vector comes in, and both halves compiled.
 
 The half before the cut is run once for a hypergradient, as building a graph is; the half after it once for a product.
-Compiling takes seconds to tens of seconds for each kind of batch, so what is compiled is kept here, by problem, and never in a
-backend. How the trace is cut and compiled is in ``tracing.py``.
+Compiling takes seconds to tens of seconds for each kind of batch, so what is compiled is kept here, by problem, and
+never in a backend. How the trace is cut and compiled is in ``tracing.py``.
 
 What a trace cannot see it takes for a constant: a number that the loss computes outside of tensors. The gradient of the
 compiled half is therefore compared with that of autograd at the first calls for each kind of batch, and every so many
@@ -37,7 +37,7 @@ MOST_KINDS = 3
 """Kinds of batch (shapes, dtypes, modes of the model) that are compiled for one problem; more stay with autograd."""
 
 CHECKED_AT = (1, 2, 4, 8, 16)
-"""Calls, counted for each kind of batch, in which the gradient is compared with that of autograd, beside every ``CHECKED_EVERY``-th."""
+"""Calls, counted by kind of batch, in which the gradient is compared with autograd's; also every ``CHECKED_EVERY``-th."""
 
 CHECKED_EVERY = 20
 
@@ -161,7 +161,7 @@ class CompiledHessian(LossHessian):
 
 
 def _make(problem: BilevelProblem, call: Call, eager: Callable[[], LossHessian], kept: _Kept) -> None:
-    """Keep what :func:`_made` gives; nothing where there are no finite numbers to compare with, so that it is retried."""
+    """Keep what :func:`_made` gives; nothing where numbers are not finite, so that the next call tries again."""
     states = random_states(problem.device)
     with replaying(states, problem.device):
         theirs = eager()

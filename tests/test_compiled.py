@@ -274,6 +274,26 @@ def test_what_is_held_follows_the_model():
     assert_close(curvature(problem, [TRAINING]) @ vector, Hessian(problem, [TRAINING]) @ vector, 1e-12)
 
 
+def test_frozen_parameters_are_not_baked_into_the_gauss_newton_matrix():
+    model = seeded(lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)))
+    model[2].requires_grad_(False)
+    problem = network_problem(model)
+    vector = random_like(problem.params)
+    curvature(problem, [TRAINING], curvature="gauss_newton")
+    model[2].weight.mul_(2.0)
+    ours = curvature(problem, [TRAINING], curvature="gauss_newton")
+    assert isinstance(ours, CompiledHessian)
+    assert_close(ours @ vector, GaussNewton(problem, [TRAINING]) @ vector, 1e-12)
+
+
+def test_a_call_holds_no_tensors_beside_its_inputs():
+    batch = {"x": TRAINING[0], "floor": 0.25}
+    call = tracing.Call.of(ridge_problem(), [batch, (TRAINING[1], None)], None, False)
+    assert call.rest[1] == [Tensor, 0.25, Tensor, None]
+    again = call.batches([torch.ones(1), torch.zeros(1)])
+    assert again == [{"x": torch.ones(1), "floor": 0.25}, (torch.zeros(1), None)]
+
+
 def test_numbers_in_a_batch_are_part_of_what_was_traced(halves):
     problem, batch = Net().problem(), Net().batch()
     for floor in (0.25, 3.0, 0.25):
@@ -426,7 +446,7 @@ def test_a_compiled_product_that_is_wrong(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("changed_before", [2, 20])
+@pytest.mark.parametrize("changed_before", [2, 4, 8, 16, 20, 40])
 def test_a_number_that_changes_after_the_trace_is_noticed(changed_before):
     """A schedule as a Python number; in one of the calls in which it is looked for, not in those between."""
     factor = [1.0]
@@ -452,6 +472,42 @@ def test_a_number_that_changes_after_the_trace_is_noticed(changed_before):
     vector = random_like(problem.params)
     assert_close(found @ vector, Hessian(problem, [TRAINING]) @ vector, 0.0)
     assert type(curvature(problem, [TRAINING])) is Hessian
+
+
+def test_calls_are_counted_for_each_kind_of_batch():
+    """The second call with a kind is looked at, whatever came between."""
+    factor = [1.0]
+    problem = _trained(ridge_problem(extra=lambda model: factor[0] * model.weight.square().sum()), TRAINING)
+    others = [regression_data(0, rows=7)]
+    for batches in ([TRAINING], [TRAINING], [TRAINING], others):
+        curvature(problem, batches)
+    factor[0] = 1.5
+    with pytest.warns(hi.HyperoptWarning, match="something has changed"):
+        curvature(problem, others)
+
+
+def test_weights_and_gradient_of_zero():
+    """A product is tried on another vector."""
+    problem, batch = ridge_problem(), (TRAINING[0], torch.zeros_like(TRAINING[1]))
+    with torch.no_grad():
+        problem.params["weight"].zero_()
+    ours, vector = curvature(problem, [batch]), random_like(problem.params)
+    assert isinstance(ours, CompiledHessian) and norm(ours.gradient) == 0.0
+    assert_close(ours @ vector, Hessian(problem, [batch]) @ vector, 1e-12)
+
+
+@pytest.mark.parametrize("calls_before", [0, 1])
+def test_a_loss_that_is_not_finite_ends_nothing(calls_before):
+    """No warning of a mismatch; what is sound again is compiled."""
+    problem, broken = _trained(ridge_problem(), TRAINING), (TRAINING[0], TRAINING[1] * float("nan"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(calls_before):
+            curvature(problem, [TRAINING])
+        for _ in range(2):
+            found = curvature(problem, [broken])
+            assert not torch.tensor(found.loss).isfinite()
+        assert isinstance(curvature(problem, [TRAINING]), CompiledHessian)
 
 
 def test_giving_up_draws_once():
@@ -505,10 +561,20 @@ def test_batches_of_many_shapes(halves):
         assert isinstance(curvature(problem, [regression_data(0, rows=rows)]), CompiledHessian)
     assert len(halves) == 6
     assert falls_back(problem, [regression_data(0, rows=6)]) == (
-        "compile=True compiles for 3 kinds of batches at most (shapes, dtypes, modes of the model), and this is "
-        "another; its products are not compiled. Give batches of one shape, as a DataLoader does with drop_last=True."
+        "compile=True compiles for 3 kinds of batches at most (shapes, dtypes, numbers in the batch, modes of the "
+        "model), and this is another; products are not compiled for it, nor for any other. Give batches of one shape, "
+        "as a DataLoader does with drop_last=True, and numbers that vary as tensors."
     )
     assert isinstance(curvature(problem, [regression_data(0, rows=5)]), CompiledHessian)
+
+
+def test_a_number_that_is_another_in_each_batch_warns_once(halves):
+    problem = Net().problem()
+    with pytest.warns(hi.HyperoptWarning) as caught:
+        for floor in range(9):
+            curvature(problem, [{**Net().batch(), "floor": float(floor)}])
+    assert len(caught) == 1 and "numbers that vary as tensors" in str(caught[0].message)
+    assert len(compiled._kept[problem].programs) == compiled.MOST_KINDS
 
 
 def test_errors_of_the_loss_are_those_of_autograd():
@@ -519,10 +585,7 @@ def test_errors_of_the_loss_are_those_of_autograd():
     problem = hi.BilevelProblem(
         Linear(4), training_loss, lambda m, b: m(b[0]).square().mean(), optimizer=lambda p: torch.optim.SGD(p, 0.1)
     )
-    with (
-        pytest.warns(hi.HyperoptWarning, match="the trace stopped at .* \\(KeyError: 'mine'\\)"),
-        pytest.raises(KeyError),
-    ):
+    with pytest.raises(KeyError, match="mine"):
         curvature(problem, [TRAINING])
 
 
@@ -571,7 +634,7 @@ def test_layers_compiled(kind):
 @pytest.mark.usefixtures("by_compiler")
 @pytest.mark.skipif(not has_bfloat16(torch.device("cpu")), reason="this processor has no bfloat16")
 def test_compiled_in_bfloat16(monkeypatch):
-    monkeypatch.setattr(low_precision, "product_seconds", lambda problem, batch: (2e-3, 1e-3))
+    monkeypatch.setattr(low_precision, "product_seconds", lambda problem, batch, kind: (2e-3, 1e-3))
     problem, batch = single(kinds_of_layers.problem("Linear", "cross entropy"), kinds_of_layers.batch(1))
     results = {}
     for name, options in {
@@ -588,7 +651,7 @@ def test_compiled_in_bfloat16(monkeypatch):
 @pytest.mark.skipif(not has_bfloat16(torch.device("cpu")), reason="this processor has no bfloat16")
 def test_traced_in_bfloat16(monkeypatch):
     """The same numbers as autograd under autocast, and corrected by autograd in float32."""
-    monkeypatch.setattr(low_precision, "product_seconds", lambda problem, batch: (2e-3, 1e-3))
+    monkeypatch.setattr(low_precision, "product_seconds", lambda problem, batch, kind: (2e-3, 1e-3))
     problem, batch = single(kinds_of_layers.problem("Linear", "cross entropy"), kinds_of_layers.batch(1))
     low = curvature(problem, [batch], precision="bfloat16")
     vector = random_like(problem.params)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -267,6 +268,71 @@ def test_a_buffer_that_goes_away_inside_comes_back():
     assert module.none is None
 
 
+def test_a_buffer_that_is_filled_inside_is_none_again():
+    """And one that is registered there is gone: neither would fit the next call, and both hold its graph."""
+
+    class Remembers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2))
+            self.register_buffer("cache", None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.cache = x * self.weight
+            self.register_buffer("other", x)
+            return self.cache
+
+    module = Remembers()
+    with Places(module).swapped({"weight": torch.ones(2, requires_grad=True)}, {}):
+        module(torch.ones(2))
+        assert module.cache.requires_grad
+    assert module.cache is None and "other" not in module._buffers
+
+
+def test_modules_that_are_exchanged_are_swapped_too():
+    module = seeded(lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1)))
+    places, x = Places(module), torch.randn(6, 4, dtype=torch.float64)
+    module[1] = nn.Linear(4, 1).double()
+    module.append(nn.Linear(1, 2).double())
+    parameters, _ = moved(module)
+    before = tensors_of(module)
+    with places.swapped(parameters, {}):
+        found = module(x)
+    assert torch.equal(found, functional_call(copy.deepcopy(module), parameters, (x,)))
+    assert all(g.abs().max() > 0 for g in derivatives(found, parameters))
+    assert_same_tensors(module, before)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: parametrizations.weight_norm(model[0]),
+        lambda model: model.__setitem__(0, nn.Linear(4, 1, bias=False).double()),
+        lambda model: delattr(model[0], "weight"),
+    ],
+    ids=["parametrized", "without a bias", "deleted"],
+)
+def test_a_parameter_that_went_away_is_named(change):
+    module = seeded(lambda: nn.Sequential(nn.Linear(4, 1)))
+    problem = hi.BilevelProblem(
+        module,
+        hi.hyperparameter("decay", init=0.1)(lambda model, batch, *, decay: decay * model(batch).square().mean()),
+        lambda model, batch: model(batch).mean(),
+        optimizer=gradient_descent,
+    )
+    change(module)
+    before = tensors_of(module)
+    with pytest.raises(hi.ProblemError) as caught:
+        problem.functional_training_loss(problem.params, problem.hparams, torch.ones(6, 4, dtype=torch.float64))
+    assert re.fullmatch(
+        r"the model must keep the parameters that it had when the problem was built; 'model\.0\.(weight|bias)' is not "
+        r"among them any more\. Change the model first \(parametrizations, new layers\), and then build the inner "
+        r"optimizer and the problem\.",
+        str(caught.value),
+    )
+    assert_same_tensors(module, before)
+
+
 # ---------------------------------------------------------------------------------------------- what is left afterwards
 
 
@@ -284,7 +350,10 @@ def test_an_exception_leaves_all_as_it_was(build):
 def test_an_unknown_name_changes_nothing():
     module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     before = tensors_of(module)
-    with pytest.raises(KeyError), Places(module).swapped({"0.weight": torch.ones(4, 4), "0.wieght": torch.ones(1)}, {}):
+    with (
+        pytest.raises(hi.ProblemError),
+        Places(module).swapped({"0.weight": torch.ones(4, 4), "0.wieght": torch.ones(1)}, {}),
+    ):
         pass
     assert_same_tensors(module, before)
 

@@ -18,6 +18,7 @@ import hyperopt_implicit as hi
 from hyperopt_implicit import low_precision
 from hyperopt_implicit.backend import Status
 from hyperopt_implicit.carried import fitting
+from hyperopt_implicit.gauss_newton import GaussNewton
 from hyperopt_implicit.implicit import ImplicitBackend, Solution
 from hyperopt_implicit.low_precision import LowPrecision, Refinement, bfloat16_speedup, has_bfloat16, refined
 from hyperopt_implicit.operators import Hessian, LossHessian
@@ -38,7 +39,7 @@ PROCESSOR = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if bfloat16 were twice as fast: on models of this size it is not."""
-    monkeypatch.setattr(low_precision, "product_seconds", lambda problem, batch: (2e-3, 1e-3))
+    monkeypatch.setattr(low_precision, "product_seconds", lambda problem, batch, kind: (2e-3, 1e-3))
 
 
 # ------------------------------------------------------------------------------------- refinement, with known errors
@@ -360,7 +361,7 @@ def test_layers_in_bfloat16(kind):
     full = Hessian(problem, [batch])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # torch's own, in its rms_norm
-        low = low_precision.lowered(lambda: Hessian(problem, [batch], torch.bfloat16))
+        low = low_precision.lowered(lambda dtype: Hessian(problem, [batch], dtype))
     vector = {name: torch.ones_like(p) for name, p in problem.params.items()}
     assert relative(low @ vector, full @ vector) < 0.1
 
@@ -391,6 +392,9 @@ def test_a_device_without_is_refused(monkeypatch):
     assert bfloat16_speedup(network(), [data(0)]) == 0.0
     with pytest.raises(hi.BackendError) as caught:
         hypergradient(network(), {"name": "cg", "precision": "bfloat16"})
+    with pytest.raises(hi.BackendError) as unchecked:
+        hi.get_backend("cg", precision="bfloat16").hypergradient(network(), [data(0)], data(9), {})
+    assert str(unchecked.value) == str(caught.value)
     assert str(caught.value) == (
         "precision='bfloat16' needs a device that multiplies in bfloat16; this processor (cpu) has no units for it, "
         "and would convert back and forth at every operation. Leave the option out."
@@ -422,7 +426,7 @@ def test_a_model_in_float64_warns_and_is_never_lowered():
 def test_a_device_that_is_slower_with_it_warns_once(monkeypatch):
     measured = []
 
-    def slower(problem, batch):
+    def slower(problem, batch, kind):
         measured.append(batch)
         return 1e-3, 1.5e-3
 
@@ -472,3 +476,46 @@ def test_a_loss_that_does_not_run_under_autocast():
     )
     with pytest.raises(hi.BackendError, match=text):
         hypergradient(problem, {"name": "cg", "precision": "bfloat16"})
+
+
+@on_bfloat16
+def test_an_error_of_the_loss_itself_is_not_laid_on_bfloat16():
+    @hi.hyperparameter("decay", init=0.3, constraint=constraints.positive)
+    def training_loss(model, batch, *, decay):
+        x, _ = batch
+        return (model(x).float() @ torch.ones(1, 1).double()).mean() + decay * model.weight.square().sum()
+
+    problem = hi.BilevelProblem(
+        nn.Linear(30, 1),
+        training_loss,
+        lambda m, b: m(b[0]).square().mean(),
+        optimizer=lambda p: torch.optim.SGD(p, 0.1),
+    )
+    with torch.autocast("cpu", enabled=False), pytest.raises(RuntimeError, match="dtype") as expected:
+        training_loss(problem.model, data(0), decay=1.0)
+    with pytest.raises(RuntimeError) as caught:
+        hypergradient(problem, {"name": "cg", "precision": "bfloat16"})
+    assert str(caught.value) == str(expected.value)
+
+
+@on_bfloat16
+def test_each_kind_of_curvature_is_measured(monkeypatch):
+    measured = []
+    monkeypatch.setattr(
+        low_precision, "product_seconds", lambda problem, batch, kind: measured.append(kind) or (2e-3, 1e-3)
+    )
+    problem = network()
+    for curvature in ("hessian", "gauss_newton", "hessian"):
+        hypergradient(problem, {"name": "cg", "precision": "bfloat16", "curvature": curvature})
+    assert measured == [Hessian, GaussNewton]
+
+
+# ---------------------------------------------------------------------------------------------------------- what it is
+
+
+def test_options_that_are_not_at_their_default_are_shown():
+    plain, chosen = hi.get_backend("heavy_ball"), hi.get_backend("heavy_ball", precision="bfloat16", compile=True)
+    assert "precision" not in repr(plain) and "compile" not in repr(plain) and "refinements" not in repr(plain)
+    assert repr(chosen) == repr(plain).replace(
+        "curvature='hessian', ", "curvature='hessian', precision='bfloat16', compile=True, "
+    )

@@ -424,3 +424,15 @@ def test_batches_that_stand_several_times_in_a_list_are_one():
         hi.optimize(problem, "exact", **options)
     with pytest.warns(hi.HyperoptWarning, match="training only ever sees 2 and the hypergradient 1"):
         hi.optimize(problem, "exact", **{**options, "warmup_steps": 1, "inner_steps": 3, "hessian_batches": 1})
+
+
+class Backwards(list[Any]):
+    """A list that is read from its end."""
+
+    def __iter__(self) -> Any:
+        return iter(self[::-1])
+
+
+def test_nothing_is_foretold_of_a_list_that_iterates_otherwise() -> None:
+    data = Backwards([TRAINING, VALIDATION])
+    optimize(ridge(training_data=data), outer_steps=1, inner_steps=1)  # with a plain list it would warn

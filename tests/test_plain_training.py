@@ -262,6 +262,18 @@ def test_snapshot_leaves_what_schedules_write_and_drops_counts_that_are_new() ->
     assert (group["lr"], group["momentum"], group["nesterov"]) == (0.01, 0.5, False)
 
 
+def test_snapshot_leaves_an_option_that_is_tuned_where_it_has_moved_to() -> None:
+    tuned = hi.hyperparameter("eps", init=0.1, constraint=constraints.positive, target="optimizer")(training_loss)
+    problem = ridge(training_loss=tuned, optimizer=OPTIMIZERS["adam"])
+    snapshot = Snapshot(problem)
+    snapshot.take()
+    with torch.no_grad():
+        problem.hparams["eps"] += math.log(2.0)
+    problem.sync_optimizer()
+    snapshot.restore()
+    assert problem.optimizer.param_groups[0]["eps"] == pytest.approx(0.2)
+
+
 class Remembering(nn.Module):
     """Keeps its last outputs in a buffer of their shape, from the first call on."""
 

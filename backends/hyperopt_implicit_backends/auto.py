@@ -225,8 +225,8 @@ class Auto(ImplicitBackend):
             )
         if plan.rung >= 0:
             carried = begin(seen.solved, {}) if seen.solved is not None else {}
-        elif seen.solved is not None and "solution" not in carried:
-            carried = {"solution": seen.solved.solution}  # nearer than a step from zero, whatever the sample
+        elif last is None or last.rung >= 0:  # what solved for one sample is far off in directions that it did not see
+            carried = {"solution": seen.solved.solution} if seen.solved is not None else {}
         return plan, carried, hessian.products
 
     # ------------------------------------------------------------------------------------------- what follows from it
