@@ -216,27 +216,38 @@ def fingerprint(batches: Any) -> list[float]:
             weights = torch.arange(1, len(flat) + 1, dtype=torch.float64, device=flat.device).sqrt()
             sums.append(torch.dot(torch.nan_to_num(flat, 0.0, 1.0, -1.0), weights))
             found.append(float(leaf.numel()))
-        elif isinstance(leaf, int | float):
-            found.append(float(leaf))
-        elif isinstance(leaf, str | bytes):
-            found.append(float(zlib.crc32(leaf.encode() if isinstance(leaf, str) else leaf)))
+        elif isinstance(leaf, int | float | str | bytes):
+            found.append(_number(leaf))
     return found + (torch.stack(sums).tolist() if sums else [])
 
 
 def contents(batches: Any) -> list[float]:
-    """Numbers that tell what batches hold, in whatever order: of each tensor its size, sum and sum of squares."""
+    """Numbers that tell what batches hold, in whatever order of their rows."""
     found: list[Tensor] = []
+    others: list[float] = []
     for leaf in _leaves(batches):
         if isinstance(leaf, Tensor):
             x = torch.view_as_real(leaf.detach()) if leaf.is_complex() else leaf.detach()
             x = torch.nan_to_num(x.double(), 0.0, 1.0, -1.0)
-            found += [torch.tensor(float(x.numel()), dtype=x.dtype, device=x.device), x.sum(), x.square().sum()]
-    return torch.stack(found).tolist() if found else []
+            x = x.flatten(1) if x.dim() > 1 else x.reshape(-1, 1)
+            # the columns weighted: a sum of all entries is the same for any rows that are one-hot
+            rows = x @ torch.arange(1, x.shape[1] + 1, dtype=x.dtype, device=x.device).sqrt()
+            found += [torch.tensor(float(x.numel()), dtype=x.dtype, device=x.device), rows.sum(), rows.square().sum()]
+        elif isinstance(leaf, int | float | str | bytes):
+            others.append(_number(leaf))
+    sums = torch.stack(found).tolist() if found else []
+    return [*sums, float(len(others)), sum(others), sum(x * x for x in others)]
 
 
 def alike(x: Sequence[float], y: Sequence[float]) -> bool:
     """Whether two such lists are equal but for the rounding of sums in another order."""
     return len(x) == len(y) and all(math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-9) for a, b in zip(x, y, strict=True))
+
+
+def _number(leaf: float | str | bytes) -> float:
+    if isinstance(leaf, int | float):
+        return float(leaf)
+    return float(zlib.crc32(leaf.encode() if isinstance(leaf, str) else leaf))
 
 
 def _leaves(batch: Any) -> Iterator[Any]:

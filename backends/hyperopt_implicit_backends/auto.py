@@ -135,11 +135,11 @@ class Auto(ImplicitBackend):
         plan, carried, spent = Plan.from_state(state.get("plan", {})), state.get("method", {}), 0
         batches = list(training_batches) if problem.training_data is None else None
         if plan is None or plan.is_outdated(batches):
-            changed = "largest" in state if plan is None else batches is not None and plan.same == 0
+            changed = "sampled" in state if plan is None else batches is not None and plan.same == 0
             sampled = changed or has_more_batches(problem, training_batches)
             with replaying(random_states(problem.device), problem.device):
                 plan, carried, spent = self._survey(problem, training_batches, validation_batch, carried, sampled, plan)
-            plan.largest = max(plan.largest, state.get("largest", 0.0))
+            plan.largest = max(plan.largest, state.get("sampled", 0.0))
             if batches is not None:
                 plan.batches, plan.content = fingerprint(batches), contents(batches)
         backend = self._method(plan)
@@ -149,7 +149,7 @@ class Auto(ImplicitBackend):
         if status.failed and (plan.rung >= 0 or status is not Status.NEGATIVE_CURVATURE):
             carried = {"method": result.state}  # the problem is no longer what it was
             if plan.rung < 0:  # but that it comes in samples, one of which has larger eigenvalues
-                carried["largest"] = 2.0 * plan.largest
+                carried["sampled"] = 2.0 * plan.largest
         else:
             if plan.rung >= 0:
                 self._estimate(plan, backend, result)
