@@ -37,7 +37,7 @@ MOST_KINDS = 3
 """Kinds of batch (shapes, dtypes, modes of the model) that are compiled for one problem; more stay with autograd."""
 
 CHECKED_AT = (1, 2, 4, 8, 16)
-"""Calls, counted by kind of batch, in which the gradient is compared with autograd's; also every ``CHECKED_EVERY``-th."""
+"""Calls with a kind of batch in which the gradient is compared with autograd's, beside every ``CHECKED_EVERY``-th."""
 
 CHECKED_EVERY = 20
 

@@ -494,7 +494,7 @@ def test_an_error_of_the_loss_itself_is_not_laid_on_bfloat16():
     with torch.autocast("cpu", enabled=False), pytest.raises(RuntimeError, match="dtype") as expected:
         training_loss(problem.model, data(0), decay=1.0)
     with pytest.raises(RuntimeError) as caught:
-        hypergradient(problem, {"name": "cg", "precision": "bfloat16"})
+        hi.get_backend("cg", precision="bfloat16").hypergradient(problem, [data(0)], data(9), {})
     assert str(caught.value) == str(expected.value)
 
 

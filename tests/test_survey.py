@@ -17,7 +17,9 @@ from hyperopt_implicit.survey import (
     Clock,
     Costs,
     Spectrum,
+    alike,
     condition,
+    contents,
     fingerprint,
     has_more_batches,
     sampled_spectrum,
@@ -115,6 +117,53 @@ def test_a_fingerprint_costs_little_and_changes_nothing():
     assert torch.equal(batch, before)
 
 
+ORDER = torch.randperm(30, generator=torch.Generator().manual_seed(3))
+ONE_HOT = torch.eye(6)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda order: X[order],
+        lambda order: (X[order], torch.arange(30)[order]),
+        lambda order: {"x": 1e6 + X[order], "kind": torch.eye(5, dtype=torch.bool)[torch.arange(30) % 5][order]},
+        lambda order: torch.complex(X, 2.0 * X)[order],
+        lambda order: [f"row {i}" for i in order.tolist()],
+        lambda order: [(i, 0.5 * i) for i in order.tolist()],
+        lambda order: Record(X[order]),
+        lambda order: X[order].numpy(),
+        lambda order: torch.where(X > 2.0, math.nan, X)[order],
+        lambda order: (torch.zeros(0, 3), torch.tensor(3.0), None),
+    ],
+)
+def test_the_same_rows_in_another_order(make):
+    found = contents(make(ORDER))
+    assert alike(found, contents(make(torch.arange(30))))
+    assert all(type(x) is float and math.isfinite(x) for x in found)
+
+
+@pytest.mark.parametrize(
+    ("batch", "other"),
+    [
+        (X, X[:29]),
+        (X, torch.cat([X[:29], X[:1]])),
+        (X, X + 1e-6),
+        (ONE_HOT[[0, 1]], ONE_HOT[[2, 3]]),
+        (X[:2].sign(), X[2:4].sign()),
+        ((X, 3), (X, 4)),
+        ([1, 2], [0, 3]),
+        ([2, 3], [2, 4]),
+        (["a", "b"], ["a", "c"]),
+        (torch.tensor([1, 4]), torch.tensor([2, 3])),
+        ((X, torch.ones(30)), (X, torch.zeros(30))),
+        ([X], [X, X]),
+    ],
+)
+def test_other_rows(batch, other):
+    """Rows that are one-hot, or standardised, have the same sums of entries and of squares."""
+    assert not alike(contents(batch), contents(other))
+
+
 # ---------------------------------------------------------------------------------------------------- is there more?
 
 
@@ -139,7 +188,10 @@ ROWS = TensorDataset(X)
         ([TRAINING], [VALIDATION], 1, False),
         ([TRAINING] * 2, [VALIDATION], 1, True),
         ([TRAINING] * 2, [VALIDATION], 2, False),
-        ([TRAINING] * 2, [VALIDATION], 3, False),
+        ([TRAINING] * 2, [VALIDATION], 3, True),
+        ([TRAINING] * 2, [VALIDATION], 4, False),
+        ([TRAINING] * 3, None, 4, True),
+        ([TRAINING] * 3, None, 6, False),
         ([TRAINING] * 3, None, 2, True),
         ([TRAINING], [VALIDATION] * 2, 1, False),
         ([TRAINING] * 2, [VALIDATION] * 2, 2, False),
@@ -430,13 +482,14 @@ def test_a_preconditioner_of_a_damped_matrix():
 
 
 def test_a_definite_mini_batch():
-    """Its largest eigenvalue from inside, and a rough solution, in eight products."""
+    """Its largest eigenvalue from inside, in eight products, and a rough solution, in three."""
     operator = DenseOperator(with_spectrum(spread(0.01, 5.0, SIZE)))
     found = sampled_spectrum(operator, VECTOR)
-    assert operator.products <= 8 and found.damping == 0.0
+    assert operator.products == 8 + 3 and found.damping == 0.0
     assert 4.5 < found.largest <= 5.0
     assert found.words == f"largest eigenvalue {found.largest:.2g}"
-    assert found.solved is not None and found.solved.size < 0.5 * float(flat(VECTOR).norm())
+    assert found.solved is not None and found.solved.count == 3
+    assert found.solved.size < 0.5 * float(flat(VECTOR).norm())
 
 
 @pytest.mark.parametrize(("smallest", "damping"), [(-0.0001, 0.0), (-0.3, 0.5), (-1.0, 1.5)])
@@ -452,4 +505,4 @@ def test_an_indefinite_mini_batch_is_damped_where_it_is_far_from_definite(smalle
 
 def test_nothing_to_see():
     found = Spectrum(math.nan, math.nan)
-    assert (found.words, found.damping, found.solved) == ("no validation gradient yet", 0.0, None)
+    assert (found.words, found.damping, found.solved) == ("nothing finite to solve with yet", 0.0, None)

@@ -310,9 +310,10 @@ class Auto(ImplicitBackend):
             return
         if statistics.median(plan.recent[-RECENT:]) > 2.0 * self.tolerance:
             plan.warned = True
+            products = "1 product" if result.hvps == 1 else f"{result.hvps} products"
             warn(
                 f"auto was to keep the hypergradient's error below {self.tolerance:g}, and does not: after "
-                f"{result.hvps} products the residual is {result.residual:.2g}. Give it a larger budget where it has "
+                f"{products} the residual is {result.residual:.2g}. Give it a larger budget where it has "
                 "one, add damping= or weight decay, or let the hyperparameters move more slowly (outer_lr, "
                 "inner_steps)."
             )
