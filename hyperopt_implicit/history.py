@@ -198,18 +198,19 @@ class History(Sequence[OuterStep]):
         return map(self._step, range(len(self)))
 
     def to_dataframe(self) -> pd.DataFrame:
-        """A row an outer step; hyperparameters as columns ``hyperparameter/name``."""
+        """A row an outer step; hyperparameters as columns ``hyperparameter/name``; :attr:`notes` are left out."""
         import pandas as pd
 
         rows: list[dict[str, Any]] = []
         for each in self:
-            row = {field.name: getattr(each, field.name) for field in fields(each) if field.name != "hyperparameters"}
+            row = {field.name: getattr(each, field.name) for field in fields(each) if field.name not in _APART}
             row["status"] = each.status.value
             row.update((f"hyperparameter/{name}", x) for name, x in each.hyperparameters.items())
             rows.append(row)
         return pd.DataFrame(rows)
 
 
+_APART = ("hyperparameters", "note")
 _STATUSES = tuple(Status)
 _WIDTH = 14  # the numbers of a step before its hyperparameters
 

@@ -12,7 +12,6 @@ from collections.abc import Iterable
 
 from hyperopt_implicit.errors import HyperoptWarning
 
-
 _OURS = ("hyperopt_implicit", "hyperopt_implicit_backends")
 
 

@@ -236,7 +236,7 @@ def contents(batches: Any) -> list[float]:
         elif isinstance(leaf, int | float | str | bytes):
             others.append(_number(leaf))
     sums = torch.stack(found).tolist() if found else []
-    return [*sums, float(len(others)), sum(others), sum(x * x for x in others)]
+    return [*sums, float(len(others)), math.fsum(others), math.fsum(x * x for x in others)]
 
 
 def alike(x: Sequence[float], y: Sequence[float]) -> bool:

@@ -85,9 +85,9 @@ def test_hyperparameters_of_the_optimizer(option):
         found = Auto(tolerance=0.3, damping=0.1, budget=math.inf).for_problem(problem)
     assert found == Unrolled()
     assert [str(w.message) for w in caught] == [
-        f"auto leaves {option!r}, a hyperparameter of the inner optimizer, to the backend 'unrolled', which has none of "
-        "its options; damping, tolerance, budget will do nothing. Leave them out, or choose 'unrolled' yourself, with "
-        "memory= for long training."
+        f"auto leaves {option!r}, a hyperparameter of the inner optimizer, to the backend 'unrolled', which has none "
+        "of its options; damping, tolerance, budget will do nothing. Leave them out, or choose 'unrolled' yourself, "
+        "with memory= for long training."
     ]
 
 
@@ -170,6 +170,7 @@ def test_the_survey_is_in_full_precision_and_not_compiled(monkeypatch):
     assert seen == [("full", False)] and events == ["compiled"]
     Watched(compile=True).hypergradient(problem, [TRAINING], VALIDATION, state)
     assert seen == [("full", False)] and events == ["compiled"] * 2
+    events.clear()
     Watched(precision="bfloat16").hypergradient(problem, [TRAINING], VALIDATION, {})
     assert seen == [("full", False)] * 2
 

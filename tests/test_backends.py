@@ -23,6 +23,7 @@ from .cases import CASES
 every_backend = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
+@pytest.mark.filterwarnings("ignore:auto leaves 'lr':hyperopt_implicit.errors.HyperoptWarning")
 @pytest.mark.filterwarnings("ignore:auto met an indefinite Hessian:hyperopt_implicit.errors.HyperoptWarning")
 class TestBackends(BackendConformance):
     """The suite, once for each row."""

@@ -139,7 +139,9 @@ class Auto(ImplicitBackend):
             sampled = changed or has_more_batches(problem, training_batches)
             with replaying(random_states(problem.device), problem.device):
                 plan, carried, spent = self._survey(problem, training_batches, validation_batch, carried, sampled, plan)
-            plan.largest = max(plan.largest, state.get("sampled", 0.0))
+            if state.get("sampled", 0.0) > plan.largest:
+                plan.largest = state["sampled"]
+                self._say(plan)
             if batches is not None:
                 plan.batches, plan.content = fingerprint(batches), contents(batches)
         backend = self._method(plan)
