@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import statistics
@@ -290,3 +291,14 @@ def test_mini_batches_on_which_it_diverges(attached):
     assert f"soba with a step size from {0.5 / before:.2g} down" in results[6].note
     assert Plan.from_state(states[6]["plan"]).step_size == 0.5 / before
     assert [r.hvps for r in results[7:]] == [1] * 23 and not any(r.status.failed for r in results[6:])
+
+
+@pytest.mark.parametrize(("status", "factor"), [(Status.NON_FINITE, 1.0), (Status.DIVERGED, 2.0)])
+def test_only_a_divergence_shrinks_the_step(monkeypatch, status, factor):
+    """A sample that is not finite says nothing of the eigenvalues."""
+    m = mixture(4, noise=0.5)
+    state = m.hypergradient(Auto(), [0], {}).state
+    sound = Soba.hypergradient
+    monkeypatch.setattr(Soba, "hypergradient", lambda *given: dataclasses.replace(sound(*given), status=status))
+    failed = m.hypergradient(Auto(), [1], state)
+    assert failed.state["sampled"] == factor * state["plan"]["largest"]

@@ -151,7 +151,7 @@ class Auto(ImplicitBackend):
         if status.failed and (plan.rung >= 0 or status is not Status.NEGATIVE_CURVATURE):
             carried = {"method": result.state}  # the problem is no longer what it was
             if plan.rung < 0:  # but that it comes in samples, one of which has larger eigenvalues
-                carried["sampled"] = 2.0 * plan.largest
+                carried["sampled"] = (2.0 if status is Status.DIVERGED else 1.0) * plan.largest
         else:
             if plan.rung >= 0:
                 self._estimate(plan, backend, result)
