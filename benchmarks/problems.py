@@ -99,16 +99,22 @@ def logistic_regression() -> Case:
     )
 
 
-def perceptron() -> Case:
-    @hi.hyperparameter("decay", init=torch.full((3,), 3e-2), constraint=constraints.positive)
+def _decayed_layers(init: Tensor) -> Loss:
+    """Cross-entropy with a decay for each layer."""
+
+    @hi.hyperparameter("decay", init=init, constraint=constraints.positive)
     def training_loss(model: nn.Module, batch: tuple[Tensor, Tensor], *, decay: Tensor) -> Tensor:
         weights = [p for p in model.parameters() if p.dim() == 2]
         return _cross_entropy(model, batch) + sum(d * w.square().sum() for d, w in zip(decay, weights, strict=True))
 
+    return training_loss
+
+
+def perceptron() -> Case:
     return _case(
         "P2 perceptron 784-256-256-10, batch 256, a decay per layer",
         lambda: nn.Sequential(nn.Linear(784, 256), nn.Tanh(), nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 10)),
-        training_loss,
+        _decayed_layers(torch.full((3,), 3e-2)),
         _labelled(256, (784,), 10, seed=1),
         _labelled(256, (784,), 10, seed=2),
         {"decay": torch.exp},
@@ -195,15 +201,10 @@ def ill_conditioned() -> Case:
 def indefinite() -> Case:
     """A perceptron that is trained for a short time with next to no decay: its Hessian has negative eigenvalues."""
 
-    @hi.hyperparameter("decay", init=torch.full((2,), 1e-3), constraint=constraints.positive)
-    def training_loss(model: nn.Module, batch: tuple[Tensor, Tensor], *, decay: Tensor) -> Tensor:
-        weights = [p for p in model.parameters() if p.dim() == 2]
-        return _cross_entropy(model, batch) + sum(d * w.square().sum() for d, w in zip(decay, weights, strict=True))
-
     return _case(
         "P6 perceptron 100-64-10, hardly any decay, indefinite",
         lambda: nn.Sequential(nn.Linear(100, 64), nn.Tanh(), nn.Linear(64, 10)),
-        training_loss,
+        _decayed_layers(torch.full((2,), 1e-3)),
         _labelled(1000, (100,), 10, seed=1),
         _labelled(1000, (100,), 10, seed=2),
         {"decay": torch.exp},

@@ -6,12 +6,11 @@ Which method follows from it is decided by the backend ``auto``.
 from __future__ import annotations
 
 import math
-import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +22,11 @@ from hyperopt_implicit.data import number_of_batches
 from hyperopt_implicit.operators import Damped, LinearOperator, gradients, mean_training_loss
 from hyperopt_implicit.randomness import random_states
 from hyperopt_implicit.spectrum import lanczos
+from hyperopt_implicit.stopwatch import Clock
 from hyperopt_implicit.vectors import Params, norm, precision
 
 if TYPE_CHECKING:
     from hyperopt_implicit.problem import BilevelProblem
-
-Result = TypeVar("Result")
 
 _PRODUCTS = 20  # for the smallest eigenvalue, where it is negative
 _SAMPLED_PRODUCTS = 8  # for the largest one, on a mini-batch
@@ -64,27 +62,6 @@ class Costs:
     def state(self) -> State:
         """As numbers to be carried."""
         return asdict(self)
-
-
-class Clock:
-    """Seconds that calls took, the work that they gave to a device included."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.seconds = 0.0
-
-    def __call__(self, call: Callable[[], Result]) -> Result:
-        """Call, and keep the time it took."""
-        started = self._now()
-        result = call()
-        self.seconds = max(self._now() - started, 1e-9)
-        return result
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-            return time.perf_counter()
-        return time.process_time()  # on shared cores, wall-clock time measures the neighbours
 
 
 def time_gradient(

@@ -20,8 +20,8 @@ from hyperopt_implicit.operators import LinearOperator, validation_gradients
 from hyperopt_implicit.plan import LASTING, NEXT_AUDIT, RECENT, Plan
 from hyperopt_implicit.preconditioner import second_moments
 from hyperopt_implicit.randomness import random_states, replaying
+from hyperopt_implicit.stopwatch import Clock
 from hyperopt_implicit.survey import (
-    Clock,
     Costs,
     Spectrum,
     contents,
