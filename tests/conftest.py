@@ -1,4 +1,4 @@
-"""What holds in every test: one thread, a seed of its own, and float32 by default unless a test asks for float64."""
+"""Fixtures of the tests: stores, files and dtypes. What holds in every test is in the ``conftest.py`` above."""
 
 from __future__ import annotations
 
@@ -15,16 +15,6 @@ from filelock import FileLock
 
 if TYPE_CHECKING:
     from .commands import Command
-
-torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> Iterator[None]:
-    """The same random numbers in any order of tests and on any worker."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
 
 
 @pytest.fixture

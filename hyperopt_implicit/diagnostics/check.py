@@ -75,10 +75,10 @@ def check(
         >>> import torch, hyperopt_implicit as hi
         >>> @hi.hyperparameter("decay", init=0.5)
         ... def training_loss(model, batch, *, decay):
-        ...     return ((model(batch) - 1) ** 2).mean() + decay * model.weight.square().sum()
+        ...     return ((model(batch) - batch) ** 2).mean() + decay * model.weight.square().sum()
         >>> batch = torch.tensor([[1.0], [2.0]])
         >>> problem = hi.BilevelProblem(
-        ...     torch.nn.Linear(1, 1), training_loss, lambda model, batch: (model(batch) ** 2).mean(),
+        ...     torch.nn.Linear(1, 1), training_loss, lambda model, batch: ((model(batch) - batch) ** 2).mean(),
         ...     training_data=[batch], validation_data=[batch],
         ...     optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
         >>> report = hi.check(problem, "cg", warmup_steps=500)

@@ -72,18 +72,24 @@ class Measurements:
         return self.at_minimum if self.at_minimum is not None else self.target
 
     @property
+    def rounding(self) -> float:
+        """What F, in the precision of the result, cannot tell from zero: shorter gradients are all the same."""
+        eps = max(torch.finfo(g.dtype).eps for g in self.result.gradients.values())
+        size = abs(self.result.validation_loss)
+        return eps * size if math.isfinite(size) else 0.0
+
+    @property
     def size(self) -> float:
-        """The norm of the truth: what errors are relative to."""
-        if self.truth is not None and norm(self.truth) > 0.0:
-            return norm(self.truth)
-        return math.hypot(*(each.value for each in self.slopes)) or 1.0
+        """The norm of the truth, or of the rounding of F where that is longer: what errors are relative to."""
+        slopes = math.hypot(*(each.value for each in self.slopes))
+        return max((norm(self.truth) if self.truth is not None else 0.0) or slopes, self.rounding) or 1.0
 
     @property
     def formula_error(self) -> float | None:
         """How far the slopes by differentiation are from those by finite differences, relative to the latter."""
         if self.truth is None or not self.slopes:
             return None
-        return _off(self.truth, self.slopes)
+        return self._off(self.truth)
 
     @property
     def uncertainty(self) -> float | None:
@@ -104,7 +110,7 @@ class Measurements:
         """
         if self._trusted is not None:
             return difference(self.result.gradients, self._trusted) / self.size
-        return _off(self.result.gradients, self.slopes)
+        return self._off(self.result.gradients)
 
     @property
     def cosine(self) -> float:
@@ -124,6 +130,14 @@ class Measurements:
         formula = self.formula_error
         contradicted = formula is not None and self.finite_differences_hold and formula > 0.01
         return None if contradicted else self.truth
+
+    def _off(self, gradients: Params) -> float:
+        """How far a gradient is from the slopes, relative to them; NaN where there are none."""
+        if not self.slopes:
+            return math.nan
+        size = max(math.hypot(*(each.value for each in self.slopes)), self.rounding)
+        off = math.hypot(*(along(gradients, each) - each.value for each in self.slopes))
+        return off / size if size > 0.0 else off
 
     @property
     def parts(self) -> dict[str, float]:
@@ -246,11 +260,3 @@ class CheckReport:
             method = found.solved_by
             return f"damping {getattr(method, 'damping', 0):.3g}, curvature {getattr(method, 'curvature', '')}"
         return "differentiation against finite differences"
-
-
-def _off(gradients: Params, slopes: Sequence[Slope]) -> float:
-    if not slopes:
-        return math.nan
-    size = math.hypot(*(each.value for each in slopes))
-    off = math.hypot(*(along(gradients, each) - each.value for each in slopes))
-    return off / size if size > 0.0 else off
