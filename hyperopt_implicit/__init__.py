@@ -10,6 +10,7 @@ from hyperopt_implicit.backend import (
     get_backend,
     list_backends,
 )
+from hyperopt_implicit.best_trial import BestTrial, load_best
 from hyperopt_implicit.diagnostics import CheckReport, Comparison, check, compare
 from hyperopt_implicit.errors import (
     AuxiliaryError,
@@ -43,6 +44,7 @@ __all__ = [
     "AuxiliaryError",
     "Backend",
     "BackendError",
+    "BestTrial",
     "BilevelProblem",
     "CheckReport",
     "CommandError",
@@ -82,6 +84,7 @@ __all__ = [
     "knob",
     "knobs_of",
     "list_backends",
+    "load_best",
     "minimizer",
     "optimize",
     "search",

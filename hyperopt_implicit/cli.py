@@ -1,4 +1,4 @@
-"""The command line: ``run``, ``search``, ``check``, ``compare``, ``backends`` and ``ui``.
+"""The command line: ``run``, ``check``, ``compare``, ``backends`` and ``ui``; ``search`` is in ``cli_search.py``.
 
 Only parsing and printing; the work is elsewhere.
 """
@@ -44,13 +44,14 @@ from hyperopt_implicit.cli_options import (
     pairs,
     set_threads,
 )
+from hyperopt_implicit.cli_output import err, out, print_link
+from hyperopt_implicit.cli_search import search_command, show, studies
 from hyperopt_implicit.diagnostics import check, compare
 from hyperopt_implicit.errors import CommandError, HyperoptError, HyperoptWarning
 from hyperopt_implicit.history import Result, summarise
 from hyperopt_implicit.loading import build, find_problem, load_file
 from hyperopt_implicit.optimize import optimize
 from hyperopt_implicit.problem import BilevelProblem
-from hyperopt_implicit.search import DEFAULT_STORAGE, search
 from hyperopt_implicit.tracking import MODEL_TRAINING_VIEW, Tracking, without_password
 
 app = typer.Typer(
@@ -62,8 +63,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-out = Console()
-err = Console(stderr=True)
+app.command(name="search")(search_command)
+app.command()(studies)
+app.command()(show)
 
 
 @app.command()
@@ -110,82 +112,7 @@ def run(
         tracking=not no_tracking and Tracking(tracking_uri, experiment, run_name),
     )
     _print_result(result, start)
-    _print_link(result.run_link, tracking_uri)
-
-
-@app.command(name="search")
-def search_command(
-    file: File,
-    problem: Problem = None,
-    backend: BackendName = "neumann",
-    option: Options = None,
-    trials: Annotated[int, typer.Option("--trials", "-n", help="Trials the study shall have in all.")] = 20,
-    study: Annotated[str | None, typer.Option(help="Name of the study; one that exists is continued.")] = None,
-    storage: Annotated[str, typer.Option(help="Optuna storage URL.")] = DEFAULT_STORAGE,
-    outer_steps: OuterSteps = 100,
-    inner_steps: InnerSteps = 10,
-    warmup_steps: Warmup = 0,
-    outer_lr: OuterLr = 1e-2,
-    clip: Clip = None,
-    hessian_batches: HessianBatches = 1,
-    patience: Patience = None,
-    seed: Seed = None,
-    device: Device = None,
-    threads: Threads = None,
-    tracking_uri: Uri = None,
-    experiment: Experiment = None,
-    run_name: RunName = None,
-    no_tracking: NoTracking = False,
-    debug: Debug = False,
-) -> None:
-    """Search the knobs of a problem with Optuna; each trial trains its hyperparameters by gradient.
-
-    Example: `hyperopt-implicit search train.py --backend cg --trials 30 --study decay`
-    """
-    spec = get_backend(backend, **pairs(option, "--option"))
-    check_device(device)
-    set_threads(threads)
-    builder = find_problem(load_file(file), problem)
-    if isinstance(builder, BilevelProblem):
-        raise CommandError(
-            "a search needs a function with @knob declarations; this file defines a finished problem. Use 'run'."
-        )
-    if device is not None:
-        builder = _on_device(builder, device)
-
-    def report(number: int, knobs: dict[str, Any], state: str, value: float | None) -> None:
-        shown = "  ".join(f"{name}={_number(each)}" for name, each in knobs.items())
-        out.print(
-            f"trial {number:>3}  {state:<9} {'' if value is None else f'{value:.6g}':<12} {shown}",
-            highlight=False,
-        )
-
-    found = search(
-        builder,
-        spec,
-        n_trials=trials,
-        study_name=study,
-        storage=storage,
-        seed=seed,
-        on_trial=report,
-        tracking=not no_tracking and Tracking(tracking_uri, experiment, run_name),
-        outer_steps=outer_steps,
-        inner_steps=inner_steps,
-        warmup_steps=warmup_steps,
-        outer_lr=outer_lr,
-        clip=clip,
-        hessian_batches=hessian_batches,
-        patience=patience,
-    )
-    knobs = ", ".join(f"{name} = {_number(value)}" for name, value in found.best_knobs.items())
-    out.print(
-        f"best of {len(found.study.trials)} trials: number {found.best_trial}, validation loss "
-        f"{found.best_validation_loss:.6g}, {knobs}"
-    )
-    out.print(
-        f"continue it with --study {found.study.study_name} and a larger --trials", soft_wrap=True, highlight=False
-    )
-    _print_link(found.run_link, tracking_uri)
+    print_link(result.run_link, tracking_uri)
 
 
 @app.command(name="check")
@@ -257,7 +184,7 @@ def compare_command(
     out.print(escape(found.legend()), soft_wrap=True, highlight=False)
     if figure is not None:
         found.figure().savefig(figure, dpi=120)
-    _print_link(found.run_link, tracking_uri)
+    print_link(found.run_link, tracking_uri)
 
 
 @app.command()
@@ -357,23 +284,9 @@ def _built(
     return built if device is None else built.to(device)
 
 
-def _on_device(builder: Any, device: str) -> Any:
-    from hyperopt_implicit.knobs import knobs_of
-
-    def moved(**knobs: Any) -> BilevelProblem:
-        return build(builder, knobs).to(device)
-
-    moved.__knobs__ = knobs_of(builder)  # type: ignore[attr-defined]
-    return moved
-
-
 def _wide() -> Console:
     """A console on which a report keeps its columns: lines longer than the terminal are left to it."""
     return Console(width=max(out.width, 130), soft_wrap=False)
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _print_result(result: Result, start: dict[str, float]) -> None:
@@ -392,12 +305,3 @@ def _print_result(result: Result, start: dict[str, float]) -> None:
         f"{steps} outer steps in {result.seconds:.1f} s ({result.stop_reason})",
         highlight=False,
     )
-
-
-def _print_link(link: str | None, uri: str | None) -> None:
-    if link is None:
-        return
-    flag = f" --tracking-uri {uri}" if uri is not None else ""
-    served = link.startswith("http://127.0.0.1:5000")
-    prefix = f"MLflow: 'hyperopt-implicit ui{flag}', then " if served else "MLflow: "
-    out.print(f"{prefix}{link}", soft_wrap=True, highlight=False)

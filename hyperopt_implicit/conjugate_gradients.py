@@ -14,7 +14,7 @@ from hyperopt_implicit.operators import LinearOperator
 from hyperopt_implicit.spectrum import extreme_eigenvalues
 from hyperopt_implicit.vectors import Params, add_, clone, divide, dot, norm, precision, scale_, zeros_like
 
-_NULL = 8  # curvature, in units of rounding, that cannot be told from none
+NULL = 8  # curvature, in units of rounding, that cannot be told from none
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def conjugate_gradients(
         quotient = curvature / length
         diagonal.append(curvature / squared + last)
         steepest, flattest = max(steepest, quotient), min(flattest, quotient)
-        flat = _NULL * rounding * steepest
+        flat = NULL * rounding * steepest
         if flattest <= flat:  # a step along a flat direction would be, or was, made of rounding errors
             status = Status.SINGULAR if quotient >= -flat else Status.NEGATIVE_CURVATURE
             break

@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
 
 from hyperopt_implicit.backend import Hypergradient, Status
 from hyperopt_implicit.errors import HypergradientError, HyperoptError
@@ -61,39 +60,50 @@ class GuardedStep:
         Raises:
             HypergradientError: it failed, and ``on_failure="raise"``.
         """
-        size = norm(result.gradients) if size is None else size
-        usable = result.status is not Status.NON_FINITE and math.isfinite(size)
-        if not usable:
-            result = replace(result, status=Status.NON_FINITE)  # whatever the backend says of it
-        if result.status.failed:
-            self._report(result)
-        if not usable or (result.status.failed and self.on_failure == "skip"):
+        scale = self.scale_of(result, norm(result.gradients) if size is None else size)
+        if scale is None:
             return False
-        scale = 1.0
-        if self.clip is not None:
-            scale = min(1.0, self.clip / max(size, torch.finfo(torch.float64).tiny))
         before = [p.detach().clone() for p in hparams.values()]
         for name, p in hparams.items():
             p.grad = result.gradients[name].detach() * scale
         self.optimizer.step()
         for p in hparams.values():
             p.grad = None
-        return self._keep_inside(hparams, before)
-
-    @torch.no_grad()
-    def _keep_inside(self, hparams: Params, before: list[Tensor]) -> bool:
-        """Put the hyperparameters back where a step left the numbers or the inside of a constraint."""
         if self._is_inside():
             return True
-        for p, old in zip(hparams.values(), before, strict=True):
-            p.copy_(old)
+        with torch.no_grad():
+            for p, old in zip(hparams.values(), before, strict=True):
+                p.copy_(old)
+        self.complain_of_step()
+        return False
+
+    def scale_of(self, result: Hypergradient, size: float) -> float | None:
+        """By what to multiply a hypergradient before it is applied; None where it is not to be, as was then reported.
+
+        Raises:
+            HypergradientError: it failed, and ``on_failure="raise"``.
+        """
+        usable = result.status is not Status.NON_FINITE and math.isfinite(size)
+        if not usable:
+            result = replace(result, status=Status.NON_FINITE)  # whatever the backend says of it
+        if result.status.failed:
+            self._report(result)
+        if not usable or (result.status.failed and self.on_failure == "skip"):
+            return None
+        return 1.0 if self.clip is None else min(1.0, self.clip / max(size, torch.finfo(torch.float64).tiny))
+
+    def complain_of_step(self) -> None:
+        """Report a step after which the hyperparameters were put back.
+
+        Raises:
+            HypergradientError: ``on_failure="raise"``.
+        """
         self._complain(
             "outer step",
             "the outer step moved a hyperparameter out of the numbers, or onto the edge of its constraint. Lower "
             "the outer learning rate, or set clip.",
             "It was put back",
         )
-        return False
 
     def _report(self, result: Hypergradient) -> None:
         residual = (

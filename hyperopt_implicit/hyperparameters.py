@@ -12,7 +12,7 @@ import copy
 import functools
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -288,6 +288,35 @@ class Hyperparameters(nn.Module):
             name: copy.deepcopy(value) if isinstance(value, nn.Module) else value.detach().clone()
             for name, value in self().items()
         }
+
+    @torch.no_grad()
+    def load_values(self, values: Mapping[str, Value | Mapping[str, Tensor]]) -> None:
+        """Set constrained values, as :meth:`values` gives them; those of a module may be given as its state dict.
+
+        Raises:
+            DeclarationError: a name is unknown, or a value has another shape; nothing is changed then.
+        """
+        raw: dict[str, Tensor] = {}
+        for name, value in values.items():
+            if name not in self._declarations:
+                raise DeclarationError(
+                    f"there is no hyperparameter {name!r} to set; there are {', '.join(self._declarations) or 'none'}."
+                )
+            live = getattr(self, name)
+            states = {name: live} if isinstance(live, Tensor) else dict(live.state_dict())
+            given = value.state_dict() if isinstance(value, nn.Module) else value
+            new = {name: given} if isinstance(given, Tensor) else dict(given)
+            shapes, found = ({key: tuple(x.shape) for key, x in each.items()} for each in (states, new))
+            if name in self._transforms and isinstance(given, Tensor):
+                moved = self._transforms[name].inv(given.to(live))
+                new, found = {name: moved}, {name: tuple(moved.shape)}
+            if shapes != found:
+                raise DeclarationError(
+                    f"hyperparameter {name!r} can only be set to what has its shape; it has {shapes}, and {found} was "
+                    "given."
+                )
+            raw.update({name: new[name]} if isinstance(live, Tensor) else {f"{name}.{k}": x for k, x in new.items()})
+        self.load_state_dict(raw, strict=False)
 
     @torch.no_grad()
     def is_inside(self) -> bool:

@@ -24,6 +24,7 @@ from hyperopt_implicit.low_precision import (
     refined,
     speedup_or_warning,
 )
+from hyperopt_implicit.members_solver import SolveMembers
 from hyperopt_implicit.operators import Damped, Hessian, LinearOperator, LossHessian, validation_gradients
 from hyperopt_implicit.vectors import Params, add, clone, is_finite, norm, same_shapes, zeros_like
 
@@ -135,6 +136,13 @@ class ImplicitBackend(Backend):
     def solver(self, problem: BilevelProblem) -> Solve:
         """The solver for a problem: ``solve``, unless a method wants to know more than A and v."""
         return self.solve
+
+    def members_solver(self, problems: Sequence[BilevelProblem]) -> SolveMembers | None:
+        """The solver for many problems at once, which goes by the rules of ``solve`` for each; None where there is none.
+
+        A class that changes how it solves changes this one with it; else a population runs it one by one.
+        """
+        return None
 
     def hypergradient(
         self,

@@ -1,32 +1,24 @@
 """``optimize``: the whole run, from checking the options to the result.
 
-What one outer step does is in ``outer_loop.py``; what a hypergradient is, and when it may move the hyperparameters, in
-``hyper_optimizer.py``; what becomes of the records, in ``tracking.py``.
+How a run is checked, made ready and closed is in ``prepared_run.py``; what one outer step does, in ``outer_loop.py``;
+what a hypergradient is, and when it may move the hyperparameters, in ``hyper_optimizer.py``; what becomes of the
+records, in ``tracking.py``.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 
 from hyperopt_implicit.backend import Spec
-from hyperopt_implicit.errors import HyperoptError
 from hyperopt_implicit.guarded_step import OnFailure
 from hyperopt_implicit.history import Callback, Result
-from hyperopt_implicit.hyper_optimizer import HyperOptimizer
-from hyperopt_implicit.messages import warn
-from hyperopt_implicit.outer_loop import OuterLoop, Run
+from hyperopt_implicit.prepared_run import PreparedRun, RunOptions, Scheduler
+from hyperopt_implicit.prepared_run import check_options as check_options
 from hyperopt_implicit.problem import BilevelProblem
 from hyperopt_implicit.progress import ProgressBar
-from hyperopt_implicit.randomness import random_states, replaying
-from hyperopt_implicit.report import Report
-from hyperopt_implicit.tracking import RunTracker, Tracking
-
-Scheduler = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
+from hyperopt_implicit.tracking import Tracking
 
 
 def optimize(
@@ -120,121 +112,36 @@ def optimize(
         >>> round(result.hyperparameters["shift"].item(), 2)
         2.0
     """
-    options = {
-        "outer_steps": outer_steps,
-        "inner_steps": inner_steps,
-        "warmup_steps": warmup_steps,
-        "outer_lr": outer_lr,
-        "clip": clip,
-        "hessian_batches": hessian_batches,
-        "restart": restart,
-        "patience": patience,
-        "min_delta": min_delta,
-        "keep_best_model": keep_best_model,
-        "on_failure": on_failure,
-        "max_failures": max_failures,
-        "seed": seed,
-    }
-    check_options(options)
-    lr = {"lr": outer_lr} if isinstance(outer_optimizer, type) else {}
-    outer = HyperOptimizer(problem, outer_optimizer, backend=backend, clip=clip, on_failure=on_failure, **lr)
-    through_training = outer.backend.differentiates == "trajectory"
-    outer.backend.check_steps(inner_steps if through_training else hessian_batches)
-    if not through_training:
-        _warn_of_batches_left_out(problem.training_data, warmup_steps, inner_steps, hessian_batches)
-    described = {**options, "outer_optimizer": type(outer.optimizer).__name__}
-    described["outer_lr"] = outer.optimizer.param_groups[0].get("lr")  # a callable has its own
-    with _seeded(seed, problem.device):
-        loop = OuterLoop(
-            outer=outer,
-            inner_steps=inner_steps,
-            hessian_batches=hessian_batches,
-            restart=restart,
-            schedulers=[
-                make(optimizer)
-                for make, optimizer in (
-                    (inner_scheduler, problem.optimizer),
-                    (outer_scheduler, outer.optimizer),
-                )
-                if make is not None
-            ],
-        )
-        # the only point before training at which the data and both losses are touched
-        outer.check(loop.training.peek(), loop.validation.peek())
-        callbacks = list(callbacks)
-        reports = [each for each in callbacks if isinstance(each, Report)]
-        tracker = RunTracker(tracking, problem, outer.backend, described, reports)
-        run = Run(
-            loop,
-            patience=patience,
-            min_delta=min_delta,
-            keep_best_model=keep_best_model,
-            max_failures=max_failures,
-            callbacks=callbacks,
-        )
+    options = RunOptions(
+        outer_steps=outer_steps,
+        inner_steps=inner_steps,
+        warmup_steps=warmup_steps,
+        outer_optimizer=outer_optimizer,
+        outer_lr=outer_lr,
+        clip=clip,
+        hessian_batches=hessian_batches,
+        restart=restart,
+        inner_scheduler=inner_scheduler,
+        outer_scheduler=outer_scheduler,
+        patience=patience,
+        min_delta=min_delta,
+        keep_best_model=keep_best_model,
+        on_failure=on_failure,
+        max_failures=max_failures,
+    )
+    prepared = PreparedRun(problem, backend, options, seed)
+    with prepared.seeded():
+        prepared.begin(callbacks, tracking)
         try:
             with ProgressBar(outer_steps, progress) as bar:
-                run.warm_up(warmup_steps)
+                prepared.run.warm_up(warmup_steps)
                 for step in range(outer_steps):
-                    record = run.advance(step)
-                    tracker.log_step(record)
+                    record = prepared.run.advance(step)
+                    prepared.log(record)
                     bar.update(record)
-                    if run.stop_reason is not None:
+                    if prepared.run.stop_reason is not None:
                         break
         except BaseException as error:
-            tracker.close(run.result(), error)
+            prepared.close(error)
             raise
-        result = run.result()
-        result.run_id, result.run_link = tracker.run_id, tracker.run_link
-        tracker.close(result)
-    return result
-
-
-def _warn_of_batches_left_out(data: object, warmup_steps: int, inner_steps: int, hessian_batches: int) -> None:
-    """Inner steps and hypergradients take turns on one stream: on a list, each may meet some of the batches only."""
-    if not isinstance(data, list | tuple) or type(data) not in (list, tuple):  # a subclass may iterate otherwise
-        return
-    period = inner_steps + hessian_batches
-    common = math.gcd(len(data), period)  # a place is only ever met again at places that differ by a multiple of it
-    trained = {(warmup_steps + i) % common for i in range(inner_steps)}
-    differentiated = {(warmup_steps + inner_steps + i) % common for i in range(hessian_batches)}
-    counts = [len({id(x) for i, x in enumerate(data) if i % common in met}) for met in (trained, differentiated)]
-    every = len({id(x) for x in data})
-    if min(counts) < every:
-        warn(
-            f"training_data is a list of {len(data)} batches that is read in turn, and an outer step takes {period} of "
-            f"them (inner_steps + hessian_batches): of {every} different batches, training only ever sees {counts[0]} "
-            f"and the hypergradient {counts[1]}. Choose inner_steps so that the sum has no factor in common with "
-            f"{len(data)}, or pass a DataLoader with shuffle=True."
-        )
-
-
-@contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    if seed is None:
-        yield
-        return
-    with replaying(random_states(device), device):
-        torch.manual_seed(seed)
-        yield
-
-
-_LEAST = {"outer_steps": 1, "inner_steps": 1, "warmup_steps": 0, "hessian_batches": 1, "max_failures": 1, "patience": 1}
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """Refuse counts and rates with which :func:`optimize` cannot run; looks only at those that are given.
-
-    Raises:
-        HyperoptError: with the option, what it must be and what it is.
-    """
-    for name, value in options.items():
-        if name in _LEAST and not (name == "patience" and value is None):
-            if isinstance(value, bool) or not isinstance(value, int) or value < _LEAST[name]:
-                raise HyperoptError(f"{name} must be a whole number of at least {_LEAST[name]}; got {value!r}.")
-        elif name == "min_delta" and not (isinstance(value, int | float) and 0 <= value < math.inf):
-            raise HyperoptError(f"min_delta must be a number of at least 0; got {value!r}.")
-        elif name == "outer_lr" and not (isinstance(value, int | float) and 0 < value < math.inf):
-            raise HyperoptError(f"outer_lr must be a positive number; got {value!r}.")
-        elif name == "seed" and not (value is None or isinstance(value, int)):
-            raise HyperoptError(f"seed must be a whole number, or None; got {value!r}.")
+        return prepared.close()

@@ -100,6 +100,25 @@ class OuterLoop:
         self.problem.sync_optimizer()
 
 
+@dataclass(frozen=True)
+class Taken:
+    """What the computation of an outer step has come to, before the hyperparameters move.
+
+    Attributes:
+        losses: of the inner steps.
+        shown: the hyperparameters as numbers.
+        result: the hypergradient.
+        size: its norm.
+        sound: whether the weights are finite.
+    """
+
+    losses: list[float]
+    shown: dict[str, float]
+    result: Hypergradient
+    size: float
+    sound: bool
+
+
 @dataclass
 class Run:
     """The bookkeeping around the loop: records, the best so far, failures, and when to stop.
@@ -152,34 +171,56 @@ class Run:
         trained = time.perf_counter()
         shown = summarise(values, problem.hyperparameters.element_names)
         result = self.loop.differentiate()
-        size = norm(result.gradients)
-        finite = [loss for loss in losses if math.isfinite(loss)]
-        lost = result.status is Status.NON_FINITE or not is_finite(problem.params)
+        taken = Taken(losses, shown, result, norm(result.gradients), is_finite(problem.params))
+        lost = self.judge(step, taken)
+        applied = self.loop.move(result, taken.size)
+        self.settle(step)
+        ended = time.perf_counter()
+        self.seconds += ended - started
+        return self.record(step, taken, lost=lost, applied=applied, seconds=(trained - started, ended - trained))
+
+    def judge(self, step: int, taken: Taken) -> bool:
+        """Before the move: go back to the last good state where this one is lost, and says so; note the best so far."""
+        lost = taken.result.status is Status.NON_FINITE or not taken.sound
         if lost:
             self._good.restore()
         self._is_good = True
-        self._judge(step, result)
-        applied = self.loop.move(result, size)
+        self._judge(step, taken.result)
+        return lost
+
+    def settle(self, step: int) -> None:
+        """After the move: the copy of the best model, and the schedules."""
         if self.keep_best_model and self._best_step == step:
-            self._best_model.take(list(problem.model.state_dict().values()))
+            self._best_model.take(list(self.loop.problem.model.state_dict().values()))
         self.loop.advance_schedules(self._mean())
-        ended = time.perf_counter()
-        self.seconds += ended - started
+
+    def record(self, step: int, taken: Taken, *, lost: bool, applied: bool, seconds: tuple[float, float]) -> OuterStep:
+        """The record of an outer step, kept and shown to the callbacks; decides whether the run goes on.
+
+        Args:
+            step: its number.
+            taken: what came of it.
+            lost: what :meth:`judge` said.
+            applied: whether the hyperparameters moved.
+            seconds: the time of the inner steps, and of the rest.
+        """
+        result = taken.result
+        finite = [loss for loss in taken.losses if math.isfinite(loss)]
         record = OuterStep(
             step=step,
             training_loss=sum(finite) / len(finite) if finite else result.training_loss,
             validation_loss=result.validation_loss,
             validation_loss_sweep=self._mean(),
-            hypergradient_norm=size,
+            hypergradient_norm=taken.size,
             status=result.status,
             iterations=result.iterations,
             residual=result.residual,
             hvps=result.hvps,
             applied=applied,
-            failed_inner_steps=len(losses) - len(finite),
-            inner_seconds=trained - started,
-            outer_seconds=ended - trained,
-            hyperparameters=shown,
+            failed_inner_steps=len(taken.losses) - len(finite),
+            inner_seconds=seconds[0],
+            outer_seconds=seconds[1],
+            hyperparameters=taken.shown,
             note=result.note if result.note != self._note else None,
         )
         self._note = result.note

@@ -255,12 +255,30 @@ class BilevelProblem:
         parameters = {f"model.{name}": tensor for name, tensor in params.items()}
         parameters.update((f"hyperparameters.{name}", tensor) for name, tensor in hparams.items())
         given = {} if buffers is None else {f"model.{name}": tensor for name, tensor in buffers.items()}
-        with self._places.swapped(parameters, given) as held:
-            loss = self._evaluate(role, batch)
+        loss, held = self.evaluate_with(role, parameters, given, batch)
         for name, tensor in given.items():  # a module may have put another in the place of a buffer
             if buffers is not None and held[name] is not tensor:
                 buffers[name.removeprefix("model.")] = held[name].detach()
         return loss
+
+    def evaluate_with(
+        self, role: str, parameters: Params, buffers: Params, batch: Any, values: dict[str, Value] | None = None
+    ) -> tuple[Tensor, Params]:
+        """A loss with other tensors in the place of the model's and the hyperparameters' own; in the modes they are in.
+
+        Args:
+            role: ``"training_loss"`` or ``"validation_loss"``.
+            parameters: by name, after ``model.`` or ``hyperparameters.``; others stay.
+            buffers: the same; those given are changed in place, and the others never are.
+            batch: one batch.
+            values: the constrained hyperparameters, where they are known.
+
+        Returns:
+            The loss, and the buffers with which the modules were left: one may have been replaced.
+        """
+        with self._places.swapped(parameters, buffers) as held:
+            loss = self._evaluate(role, batch, values)
+        return loss, held
 
     def _evaluate(self, role: str, batch: Any, values: dict[str, Value] | None = None) -> Tensor:
         taken = self._taken[role]

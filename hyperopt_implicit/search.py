@@ -1,41 +1,56 @@
 """Search: Optuna outside, gradients inside.
 
 Optuna proposes the knobs of a trial; within it, everything with a gradient is trained by ``optimize.py``. Samplers,
-pruners and storages are Optuna's own.
+pruners and storages are Optuna's own. What is searched is in ``knob_space.py``, the study in ``studies.py``, what other
+workers of the same study do in ``workers.py``, and one trial in ``trials.py``; here is what a search is as a whole.
 """
 
 from __future__ import annotations
 
 import inspect
-import json
 import math
-import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from datetime import datetime
-from typing import TYPE_CHECKING, Any
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
-from hyperopt_implicit.backend import Backend, Spec, get_backend, get_backend_class, options_of
-from hyperopt_implicit.errors import BackendError, HypergradientError, LossError, SearchError
-from hyperopt_implicit.history import OuterStep, Result
-from hyperopt_implicit.knobs import knobs_of
+from hyperopt_implicit.backend import Spec
+from hyperopt_implicit.errors import SearchError
+from hyperopt_implicit.guarded_step import check_policy
+from hyperopt_implicit.history import Result
+from hyperopt_implicit.interrupts import Interrupt, listening
+from hyperopt_implicit.kept_trials import KeptTrials
+from hyperopt_implicit.knob_space import Builder, KnobSpace
 from hyperopt_implicit.messages import nearest, warn
-from hyperopt_implicit.optimize import check_options, optimize
-from hyperopt_implicit.problem import BilevelProblem
-from hyperopt_implicit.run_record import source_of, source_tags, versions
-from hyperopt_implicit.tracking import Tracker, Tracking, resolve
+from hyperopt_implicit.optimize import optimize
+from hyperopt_implicit.prepared_run import check_options
+from hyperopt_implicit.reporting import Pace
+from hyperopt_implicit.search_record import SearchRecord
+from hyperopt_implicit.storages import shown
+from hyperopt_implicit.studies import (
+    DEFAULT_STORAGE,
+    Plan,
+    begin_or_continue,
+    name_of,
+    pruner_of,
+    refuse_another,
+    sampler_of,
+)
+from hyperopt_implicit.tracking import Tracking, resolve
+from hyperopt_implicit.trials import FAILURES, OBJECTIVES, Objective, TrialPlan, TrialRunner, front
+from hyperopt_implicit.workers import claim, counted, reclaim
 
 if TYPE_CHECKING:
+    from optuna.artifacts._protocol import ArtifactStore
     from optuna.distributions import BaseDistribution
     from optuna.pruners import BasePruner
     from optuna.samplers import BaseSampler
+    from optuna.storages import BaseStorage
     from optuna.study import Study
-    from optuna.trial import Trial
+    from optuna.trial import FrozenTrial, Trial
 
-DEFAULT_STORAGE = "sqlite:///optuna.db"
-_BACKEND_KNOB = "backend"
+_AUTO_POPULATION = 16
 
 
 @dataclass
@@ -45,9 +60,11 @@ class SearchResult:
     Attributes:
         study: Optuna's study, with every trial.
         best_knobs: the knobs of the best trial.
-        best_validation_loss: its lowest validation loss.
-        best_trial: its number.
-        best_result: its :class:`Result`, where it ran in this call and not in an earlier one.
+        best_validation_loss: its value; with several objectives, its first one.
+        best_trial: its number; with several objectives, that of the trial on the Pareto front whose first one is
+            lowest.
+        best_result: its :class:`Result`, where it ran in this call and not in an earlier one or in another process.
+        pareto_front: the best trials, as Optuna has them: one, or those that no other beats in all objectives.
         run_id: of the parent MLflow run.
         run_link: where to look at it.
     """
@@ -57,50 +74,84 @@ class SearchResult:
     best_validation_loss: float
     best_trial: int
     best_result: Result | None
+    pareto_front: list[FrozenTrial]
     run_id: str | None
     run_link: str | None
 
 
 def search(
-    builder: Callable[..., BilevelProblem],
+    builder: Builder,
     backend: Spec | BaseDistribution | Mapping[str, Any] = "neumann",
     *,
     n_trials: int = 20,
+    timeout: float | None = None,
     study_name: str | None = None,
-    storage: str | None = DEFAULT_STORAGE,
-    sampler: BaseSampler | None = None,
-    pruner: BasePruner | None = None,
+    storage: str | BaseStorage | None = DEFAULT_STORAGE,
+    sampler: str | BaseSampler | None = None,
+    pruner: str | BasePruner | None = None,
     seed: int | None = None,
-    on_trial: Callable[[int, dict[str, Any], str, float | None], None] | None = None,
+    objectives: Sequence[str | Objective] = ("validation_loss",),
+    constraints: Mapping[str, Objective] | None = None,
+    catch: Sequence[type[Exception]] = (),
+    warm_start_hyperparameters: bool = False,
+    population: int | Literal["auto"] = 1,
+    compile: bool = False,
+    report_every: int | None = None,
+    artifacts: str | Path | ArtifactStore | None = None,
+    on_trial: Callable[[FrozenTrial], None] | None = None,
     tracking: Tracking | bool = True,
     **options: Any,
 ) -> SearchResult:
     """Search the knobs of a problem builder with Optuna; each trial trains its hyperparameters by gradient.
 
-    A trial's value is the lowest validation loss of its run. The validation loss of every outer step is reported to
-    Optuna, which may prune the trial there. In MLflow the search is one run, with one nested run for each trial.
+    A trial's value is the lowest validation loss of its run. The validation loss is reported to Optuna at outer steps,
+    and the pruner may end the trial there. In MLflow the search is one run, with one nested run for each trial.
+
+    Several processes, on one machine or on many, work on one study where all are given the same ``storage`` and
+    ``study_name``. A trial whose process was killed is begun anew with the same knobs. Ctrl-C lets the present outer
+    step end, puts the trial back for the next search, and raises KeyboardInterrupt; a second one leaves at once.
+
+    The model and the hyperparameters of the best trial are kept: :func:`load_best` loads them.
 
     Args:
         builder: a function with :func:`knob` declarations that returns a :class:`BilevelProblem`. Keywords without a
-            knob keep their defaults.
+            knob keep their defaults. It is called once more than there are trials, to see before the first one whether
+            they can work.
         backend: as for :func:`optimize`; or an Optuna distribution over names; or a dict with ``"name"`` and options,
             any of which may be a distribution. An option is given to those of the backends that have it.
         n_trials: how many trials the study shall have when the search is over; a study that is continued counts those
-            it has.
+            it has. A trial that was lost with its process counts as its repetition only.
+        timeout: begin no trial after so many seconds.
         study_name: a study of that name in the storage is continued; None begins a new one.
-        storage: any Optuna storage URL; None keeps the study in memory.
-        sampler: any Optuna sampler; by default TPE with ``seed``.
-        pruner: any Optuna pruner; by default the median pruner, which acts from the sixth trial on.
+        storage: a URL (``sqlite:///file``, ``journal:///file``, ``postgresql://…``, ``grpc://host:port``), a storage of
+            Optuna's, or None for one in memory.
+        sampler: a name (``"tpe"``, ``"random"``, ``"gp"``, ``"cmaes"``, ``"qmc"``, ``"nsgaii"``, …) or any sampler of
+            Optuna's; by default TPE. A name is seeded with ``seed``.
+        pruner: a name (``"median"``, ``"hyperband"``, ``"successive_halving"``, ``"none"``) or any pruner of Optuna's;
+            by default the median pruner, which acts from the sixth trial on.
         seed: for the sampler, and plus the trial's number for each trial.
-        on_trial: called after each trial with its number, knobs, state and value.
+        objectives: what is minimised: ``"validation_loss"``, ``"seconds"``, or functions of a trial's :class:`Result`.
+            With several, the result has the Pareto front, and nothing is pruned.
+        constraints: functions of a trial's :class:`Result` by name, which must be at most zero in the best trial.
+        catch: further errors that fail a trial and let the search go on; those of losses and hypergradients that are
+            not finite and of memory that runs out always do.
+        warm_start_hyperparameters: begin each trial's hyperparameters at those of the best finished trial.
+        population: train so many trials at once, as one vectorised computation (:func:`optimize_population`);
+            ``"auto"`` takes 16 and measures whether that is faster.
+        compile: compile that computation.
+        report_every: report at every so many outer steps; by default as often as costs about a hundredth of a trial.
+        artifacts: folder, or artifact store of Optuna's, for the models of the best trials; by default a folder beside
+            the file of a storage, or ``optuna_artifacts``.
+        on_trial: called after each trial that ran here, with the trial as Optuna has it.
         tracking: as for :func:`optimize`; here for the parent run.
-        **options: of :func:`optimize`, for every trial.
+        **options: of :func:`optimize`, for every trial. ``keep_best_model`` is on.
 
     Raises:
-        SearchError: there are no knobs, the storage cannot be used, the study was begun with other knobs, or no trial
-            finished.
-        HyperoptError: what :func:`optimize` raises for a problem that can never work. A trial in which a loss is not
-            finite is recorded as failed instead, and the search goes on.
+        SearchError: there are no knobs, the storage cannot be used, the study was begun with other knobs or objectives,
+            or no trial finished.
+        HyperoptError: what :func:`optimize` raises for a problem that can never work, before the first trial where that
+            can be seen.
+        KeyboardInterrupt: on SIGINT and SIGTERM, with how to go on.
 
     Example:
         >>> import torch, hyperopt_implicit as hi
@@ -120,263 +171,152 @@ def search(
         >>> list(found.best_knobs), len(found.study.trials)
         (['inner_lr'], 3)
     """
-    if not isinstance(n_trials, int) or n_trials < 1:
-        raise SearchError(f"n_trials must be a whole number of at least 1; got {n_trials!r}.")
+    options = {"keep_best_model": True, **options}
+    _check_numbers(n_trials, timeout, population, report_every)
     inspect.signature(optimize).bind(builder, **options)
     check_options(options)
-    backend_distributions, fixed_backend = _split_backend(backend)
-    distributions = {**{each.name: each.distribution for each in knobs_of(builder)}, **backend_distributions}
-    if not distributions:
-        raise SearchError(
-            f"a search needs at least one knob; {getattr(builder, '__name__', builder)!r} has none. Put @knob(name, "
-            "distribution) on it, or call optimize, which needs none."
-        )
-    study = _open_study(storage, study_name, sampler, pruner, seed, distributions)
+    check_policy(options.get("clip"), options.get("on_failure", "warn"))
+    minimised, bounded = _objectives(objectives), dict(constraints or {})
+    space = KnobSpace.of(builder, backend)
+    agreed = Plan(space.distributions, list(minimised), list(bounded))
+    kept_in = refuse_another(agreed, storage, study_name)
+    space.check()
+    outer_steps = options.get("outer_steps", inspect.signature(optimize).parameters["outer_steps"].default)
     config = resolve(tracking)
-    source = source_of(builder)
+    study, created = begin_or_continue(
+        agreed, kept_in, study_name, sampler_of(sampler, seed), pruner_of(pruner, outer_steps)
+    )
+    kept = KeptTrials(study, artifacts, storage)
     described = {
         "n_trials": n_trials,
-        "study": study.study_name,
-        "sampler": type(study.sampler).__name__,
+        "sampler": name_of(study.sampler),
+        "pruner": type(study.pruner).__name__,
         "seed": seed,
+        "objectives": ", ".join(minimised),
+        "constraints": ", ".join(bounded) or None,
+        "population": population,
+        "warm_start_hyperparameters": warm_start_hyperparameters,
     }
-    described |= {f"knob.{name}": each for name, each in distributions.items()}
-    parent = Tracker(config, {**described, **versions()}, {**source_tags(source), "search": study.study_name})
-    runner = _Runner(builder, distributions, fixed_backend, seed, options, config, parent)
-    try:
-        for _ in range(_remaining(study, n_trials)):
-            number, values, state, value = runner.run(study)
-            if on_trial is not None:
-                on_trial(number, values, state, value)
-        found = runner.result(study)
-    except BaseException as error:
-        parent.end(error)
-        raise
-    parent.log_files(lambda folder: _trials_table(study, folder))
-    parent.set_tag("best_trial", str(found.best_trial))
-    parent.end()
+    record = SearchRecord(study, created, space, described, config)
+    plan = TrialPlan(
+        space=space,
+        seed=seed,
+        options=options,
+        objectives=minimised,
+        constraints=bounded,
+        catch=(*FAILURES, *catch),
+        nested=record.nested,
+        warm_start=warm_start_hyperparameters,
+        vectorise="auto" if population == "auto" else "always",
+        compile=compile,
+    )
+    with listening("ending after this outer step; interrupt again to leave at once") as interrupt:
+        runner = TrialRunner(study, plan, Pace(study, outer_steps, report_every), kept, interrupt)
+        try:
+            for trials in _batches(study, space, n_trials, timeout, population, runner, interrupt):
+                for told in runner.run(trials):
+                    record.log(told)
+                    if on_trial is not None:
+                        on_trial(told)
+            if interrupt.requested:
+                raise KeyboardInterrupt(_how_to_go_on(study, storage))
+            found = _result(study, runner, record)
+        except BaseException as error:
+            record.end(error)
+            raise
+        record.end()
     return found
 
 
-class _Runner:
-    """Runs trials one after another and keeps the result of the best."""
-
-    def __init__(
-        self,
-        builder: Callable[..., BilevelProblem],
-        distributions: Mapping[str, BaseDistribution],
-        fixed_backend: Spec,
-        seed: int | None,
-        options: Mapping[str, Any],
-        config: Tracking | None,
-        parent: Tracker,
-    ) -> None:
-        self._builder = builder
-        self._distributions = dict(distributions)
-        self._fixed_backend = fixed_backend
-        self._seed = seed
-        self._options = dict(options)
-        self._config = config
-        self._parent = parent
-        self._best: tuple[int, Result] | None = None
-        self._failures: list[str] = []
-
-    def run(self, study: Study) -> tuple[int, dict[str, Any], str, float | None]:
-        """One trial, from its knobs to its value: number, knobs, state and value."""
-        from optuna.trial import TrialState
-
-        trial = study.ask(self._distributions)
-        state, value = TrialState.FAIL, None
-        try:
-            result, pruned = self._train(trial)
-            value = result.best_validation_loss
-            if not math.isfinite(value):
-                raise LossError("no outer step had a finite validation loss")
-            state = TrialState.PRUNED if pruned else TrialState.COMPLETE
-        except (LossError, HypergradientError, torch.OutOfMemoryError) as error:
-            trial.set_user_attr("failure", str(error))
-            self._failures.append(f"trial {trial.number}: {error}")
-            value = None
-        finally:
-            study.tell(trial, value if state is TrialState.COMPLETE else None, state=state)
-        if state is TrialState.COMPLETE and study.best_trial.number == trial.number:
-            self._best = (trial.number, result)
-        self._parent.log_metrics(
-            {"search/value": math.nan if value is None else value, "search/best": _best_value(study)},
-            trial.number,
-        )
-        return trial.number, dict(trial.params), state.name.lower(), value
-
-    def _train(self, trial: Trial) -> tuple[Result, bool]:
-        knobs, backend = self._settings(trial)
-        pruned = False
-
-        def report(step: OuterStep, problem: BilevelProblem) -> bool:
-            nonlocal pruned
-            if math.isfinite(step.validation_loss_sweep):
-                trial.report(step.validation_loss_sweep, step.step)
-                pruned = trial.should_prune()
-            return pruned
-
-        seed = None if self._seed is None else self._seed + trial.number
-        with torch.random.fork_rng(enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
-            problem = self._builder(**knobs)
-        if not isinstance(problem, BilevelProblem):
-            raise SearchError(
-                f"{self._builder.__name__} must return a BilevelProblem; it returned {type(problem).__name__}."
-            )
-        options = {"progress": False, **self._options}
-        callbacks = [*options.pop("callbacks", ()), report]
-        result = optimize(problem, backend, seed=seed, callbacks=callbacks, tracking=self._nested(trial), **options)
-        trial.set_user_attr("run_id", result.run_id)
-        return result, pruned
-
-    def _settings(self, trial: Trial) -> tuple[dict[str, Any], Spec]:
-        """The builder's keywords and the backend of a trial."""
-        knobs = {name: value for name, value in trial.params.items() if not _is_backend_knob(name)}
-        chosen = {name: value for name, value in trial.params.items() if _is_backend_knob(name)}
-        if not isinstance(self._fixed_backend, Mapping):
-            return knobs, self._fixed_backend
-        spec = dict(self._fixed_backend)
-        for name, value in chosen.items():
-            spec["name" if name == _BACKEND_KNOB else name.removeprefix(f"{_BACKEND_KNOB}.")] = value
-        options = {option.name for option in options_of(get_backend_class(spec["name"]))}
-        return knobs, {key: value for key, value in spec.items() if key == "name" or key in options}
-
-    def _nested(self, trial: Trial) -> Tracking | bool:
-        if self._config is None:
-            return False
-        return replace(
-            self._config,
-            run_name=f"{self._config.run_name or 'trial'}-{trial.number}",
-            parent_run_id=self._parent.run_id,
-            params={
-                **self._config.params,
-                "trial": trial.number,
-                **{f"knob.{k}": v for k, v in trial.params.items()},
-            },
-        )
-
-    def result(self, study: Study) -> SearchResult:
-        """The best of the study.
-
-        Raises:
-            SearchError: no trial was completed.
-        """
-        if math.isnan(_best_value(study)):
-            reason = f" The last failure: {self._failures[-1]}" if self._failures else ""
-            raise SearchError(f"a search needs at least one completed trial; of {len(study.trials)} none was.{reason}")
-        best = study.best_trial
-        ours = self._best is not None and self._best[0] == best.number
-        return SearchResult(
-            study=study,
-            best_knobs=dict(best.params),
-            best_validation_loss=_best_value(study),
-            best_trial=best.number,
-            best_result=self._best[1] if ours and self._best is not None else None,
-            run_id=self._parent.run_id,
-            run_link=self._parent.run_link,
-        )
-
-
-def _is_backend_knob(name: str) -> bool:
-    return name == _BACKEND_KNOB or name.startswith(f"{_BACKEND_KNOB}.")
-
-
-def _split_backend(backend: Any) -> tuple[dict[str, BaseDistribution], Spec]:
-    """The parts of ``backend=`` that are searched, and the part that is fixed; refuses names and options nobody has."""
-    from optuna.distributions import BaseDistribution, CategoricalDistribution
-
-    if isinstance(backend, BaseDistribution):
-        backend = {"name": backend}
-    if not isinstance(backend, Mapping) or not any(isinstance(value, BaseDistribution) for value in backend.values()):
-        return {}, get_backend(backend)
-    name = backend.get("name")
-    if isinstance(name, BaseDistribution) and not isinstance(name, CategoricalDistribution):
-        raise BackendError(f"a backend as a knob needs a CategoricalDistribution of names; got {name}.")
-    names = list(name.choices) if isinstance(name, CategoricalDistribution) else [name]
-    classes: list[type[Backend]] = [get_backend_class(str(each)) for each in names]
-    known = sorted({option.name for each in classes for option in options_of(each)})
-    searched: dict[str, BaseDistribution] = {}
-    fixed: dict[str, Any] = {}
-    for key, value in backend.items():
-        if key != "name" and key not in known:
-            raise BackendError(
-                f"none of the backends {', '.join(map(str, names))} has an option {key!r}.{nearest(key, known)}"
-            )
-        if isinstance(value, BaseDistribution):
-            searched[_BACKEND_KNOB if key == "name" else f"{_BACKEND_KNOB}.{key}"] = value
-        else:
-            fixed[key] = value
-    return searched, fixed
-
-
-def _open_study(
-    storage: str | None,
-    name: str | None,
-    sampler: BaseSampler | None,
-    pruner: BasePruner | None,
-    seed: int | None,
-    distributions: Mapping[str, BaseDistribution],
-) -> Study:
-    import optuna
-    from optuna.distributions import distribution_to_json
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    described = {each: json.loads(distribution_to_json(distribution)) for each, distribution in distributions.items()}
-    try:
-        study = optuna.create_study(
-            storage=storage,
-            study_name=name or f"search-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}",
-            sampler=sampler,
-            pruner=pruner or optuna.pruners.MedianPruner(n_warmup_steps=5),
-            load_if_exists=name is not None,
-        )
-        if sampler is None:  # a study that is continued must not draw the same knobs again
-            study.sampler = optuna.samplers.TPESampler(seed=None if seed is None else seed + len(study.trials))
-        before = study.user_attrs.get("knobs")
-        if before is None:
-            study.set_user_attr("knobs", described)
-    except Exception as error:  # whatever the storage's driver raises
-        detail = str(error).splitlines()[0]
-        raise SearchError(
-            f"the study cannot be kept in {storage!r}: {detail}. Choose another storage; nothing was changed."
-        ) from error
-    if before is not None and before != described:
-        changed = sorted(key for key in {*before, *described} if before.get(key) != described.get(key))
-        raise SearchError(
-            f"a study is continued with the knobs it was begun with; in study {name!r} these differ: "
-            + "; ".join(f"{key}: was {_short(before.get(key))}, is {_short(described.get(key))}" for key in changed)
-            + ". Give the study another name, or put the knobs back."
-        )
-    return study
-
-
-def _short(described: Mapping[str, Any] | None) -> str:
-    if described is None:
-        return "absent"
-    return f"{described['name']}({', '.join(f'{k}={v}' for k, v in described['attributes'].items())})"
-
-
-def _remaining(study: Study, n_trials: int) -> int:
-    done = sum(trial.state.is_finished() for trial in study.trials)
-    if done >= n_trials:
+def _batches(
+    study: Study,
+    space: KnobSpace,
+    n_trials: int,
+    timeout: float | None,
+    population: int | Literal["auto"],
+    runner: TrialRunner,
+    interrupt: Interrupt,
+) -> Iterator[list[Trial]]:
+    """Trials to be run next, as many at a time as are trained at once, until the study has all or time is up."""
+    until = math.inf if timeout is None else time.monotonic() + timeout
+    size = _AUTO_POPULATION if population == "auto" else population
+    reclaim(study)
+    if counted(study) >= n_trials:
         warn(
-            f"study {study.study_name!r} already has {done} trials, and n_trials={n_trials} asks for no more; raise "
-            "it to go on."
+            f"study {study.study_name!r} already has {counted(study)} trials, and n_trials={n_trials} asks for no "
+            "more; raise it to go on."
         )
-    return max(n_trials - done, 0)
+    while not interrupt.requested and time.monotonic() < until:
+        reclaim(study)
+        trials: list[Trial] = []
+        while len(trials) < size:
+            trial = claim(study, space.distributions, n_trials)
+            if trial is None:
+                break
+            trials.append(trial)
+        if not trials:
+            return
+        yield trials
+        if population == "auto" and runner.gains is False:
+            size = 1
 
 
-def _best_value(study: Study) -> float:
-    from optuna.trial import TrialState
+def _result(study: Study, runner: TrialRunner, record: SearchRecord) -> SearchResult:
+    """The best of the study.
 
-    values = [t.value for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if t.value is not None]
-    return min(values, default=math.nan)
+    Raises:
+        SearchError: no trial was completed, or none keeps the constraints.
+    """
+    best = front(study)
+    if not best:
+        reason = f" The last failure: {runner.failures[-1]}" if runner.failures else ""
+        kept = " that keeps the constraints" if runner.plan.constraints else ""
+        raise SearchError(f"a search needs at least one completed trial{kept}; of {counted(study)} none was.{reason}")
+    ours = runner.best is not None and runner.best[0] == best[0].number
+    return SearchResult(
+        study=study,
+        best_knobs=dict(best[0].params),
+        best_validation_loss=best[0].values[0],
+        best_trial=best[0].number,
+        best_result=runner.best[1] if ours and runner.best is not None else None,
+        pareto_front=best,
+        run_id=record.run_id,
+        run_link=record.run_link,
+    )
 
 
-def _trials_table(study: Study, folder: Any) -> Any:
-    study.trials_dataframe().to_csv(folder / "trials.csv", index=False)
-    yield folder / "trials.csv", None
+def _objectives(objectives: Sequence[str | Objective]) -> dict[str, Objective]:
+    found: dict[str, Objective] = {}
+    for each in [objectives] if isinstance(objectives, str) or callable(objectives) else objectives:
+        if isinstance(each, str) and each not in OBJECTIVES:
+            raise SearchError(
+                f"an objective must be one of {', '.join(OBJECTIVES)}, or a function of a trial's Result; got "
+                f"{each!r}.{nearest(each, OBJECTIVES)}"
+            )
+        name = each if isinstance(each, str) else getattr(each, "__name__", type(each).__name__)
+        if name in found:
+            raise SearchError(f"each objective needs a name of its own; two are called {name!r}. Rename a function.")
+        found[name] = OBJECTIVES[each] if isinstance(each, str) else each
+    if not found:
+        raise SearchError("a search needs at least one objective; objectives is empty.")
+    return found
+
+
+def _check_numbers(n_trials: Any, timeout: Any, population: Any, report_every: Any) -> None:
+    for name, value in (("n_trials", n_trials), ("population", population), ("report_every", report_every)):
+        if (name == "population" and value == "auto") or (name == "report_every" and value is None):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            more = ", or 'auto'" if name == "population" else ""
+            raise SearchError(f"{name} must be a whole number of at least 1{more}; got {value!r}.")
+    if timeout is not None and not (isinstance(timeout, int | float) and timeout > 0):
+        raise SearchError(f"timeout must be a positive number of seconds, or None; got {timeout!r}.")
+
+
+def _how_to_go_on(study: Study, storage: str | BaseStorage | None) -> str:
+    if storage is None:
+        return "the search was interrupted, and its study was in memory; give it a storage= to go on with one"
+    return (
+        f"the search was interrupted after {counted(study)} trials; go on with study_name={study.study_name!r}, "
+        f"storage={shown(storage)!r}"
+    )

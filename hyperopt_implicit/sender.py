@@ -99,9 +99,14 @@ class Sender:
         """Run a job on the sender's thread, after all that was put before it."""
         self._queue.append(("job", job))
 
-    def close(self, status: str) -> None:
-        """Send what is left within a time limit; keep the rest in the local copy and say so."""
-        self._queue.append(("end", status))
+    def close(self, status: str | None) -> None:
+        """Send what is left within a time limit; keep the rest in the local copy and say so.
+
+        Args:
+            status: how the run has ended; None where others go on with it.
+        """
+        if status is not None:
+            self._queue.append(("end", status))
         self._closing = True
         self._wake.set()
         if self._thread.is_alive():

@@ -105,6 +105,8 @@ class Tracker:
         config: where and how; None tracks nothing.
         params: logged once, as MLflow's params.
         tags: the run's tags.
+        resume: the id of a run to go on with, whose params are not logged again; a new one begins where it is not
+            there any more.
 
     Attributes:
         run_id: None where nothing is tracked, or the server could not be reached at the start.
@@ -116,6 +118,7 @@ class Tracker:
         config: Tracking | None,
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, str] | None = None,
+        resume: str | None = None,
     ) -> None:
         self.run_id: str | None = None
         self.run_link: str | None = None
@@ -128,7 +131,7 @@ class Tracker:
         receiver, failure = None, None
         try:
             with _alone(config.resolved_uri):
-                receiver = _within(_START_SECONDS, lambda: _MlflowRun(config, tags))
+                receiver = _within(_START_SECONDS, lambda: _MlflowRun(config, tags, resume))
             self.run_id = receiver.run_id
             self.run_link = run_link(config.resolved_uri, receiver.experiment_id, receiver.run_id)
         except Exception as error:  # tracking must not cost the run anything, whatever a server or database answers
@@ -136,7 +139,8 @@ class Tracker:
         name = self.run_id or uuid.uuid4().hex
         header = {"run_id": self.run_id, "experiment": config.resolved_experiment, "tags": tags}
         self._sender = Sender(receiver, failure, header, Path(config.local_copy, f"{name}.jsonl"))
-        self._sender.put_params({key: str(value) for key, value in {**(params or {}), **config.params}.items()})
+        if self.run_id is None or self.run_id != resume:
+            self._sender.put_params({key: str(value) for key, value in {**(params or {}), **config.params}.items()})
         if self.run_id is not None and config.system_metrics and importlib.util.find_spec("psutil"):
             self._monitor = _system_monitor(self.run_id, config.resolved_uri)
 
@@ -158,17 +162,26 @@ class Tracker:
         if self._sender is not None:
             self._sender.put_tags({name: value})
 
+    def leave(self) -> None:
+        """Send what is left, and let the run go on: others log to it."""
+        if self._sender is not None:
+            self._finish_monitor()
+            self._sender.close(None)
+
     def end(self, error: BaseException | None = None) -> None:
         """Send what is left and end the run: finished, killed by Ctrl-C, or failed."""
         if self._sender is None:
             return
-        if self._monitor is not None:
-            self._sender.put_job(_quiet()(self._monitor.finish))
+        self._finish_monitor()
         if error is not None:
             self.set_tag("error", f"{type(error).__name__}: {error}")
         self._sender.close(
             "FINISHED" if error is None else "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
         )
+
+    def _finish_monitor(self) -> None:
+        if self._sender is not None and self._monitor is not None:
+            self._sender.put_job(_quiet()(self._monitor.finish))
 
 
 class RunTracker(Tracker):
@@ -270,7 +283,9 @@ def resolve(tracking: Tracking | bool) -> Tracking | None:
 class _MlflowRun:
     """The receiving end: one run in an MLflow store. Any method may raise what MLflow raises."""
 
-    def __init__(self, config: Tracking, tags: Mapping[str, str]) -> None:
+    def __init__(self, config: Tracking, tags: Mapping[str, str], resume: str | None = None) -> None:
+        self.run_id: str
+        self.experiment_id: str
         self._uri = config.resolved_uri
         self.name = without_password(self._uri)
         self.check()
@@ -278,10 +293,25 @@ class _MlflowRun:
             from mlflow import MlflowClient
 
             self.client = MlflowClient(tracking_uri=self._uri)
+            found = None if resume is None else self._found(resume)
+            if found is not None:
+                self.run_id, self.experiment_id = found
+                self.client.update_run(self.run_id, status="RUNNING")
+                return
             self.experiment_id = self._experiment(config.resolved_experiment)
             parent = {} if config.parent_run_id is None else {"mlflow.parentRunId": config.parent_run_id}
             run = self.client.create_run(self.experiment_id, run_name=config.run_name, tags={**tags, **parent})
-        self.run_id: str = run.info.run_id
+        self.run_id = run.info.run_id
+
+    def _found(self, run_id: str) -> tuple[str, str] | None:
+        """A run that is there and was not deleted: its id and its experiment's."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            info = self.client.get_run(run_id).info
+        except MlflowException:
+            return None
+        return (run_id, str(info.experiment_id)) if info.lifecycle_stage == "active" else None
 
     def check(self) -> None:
         """MLflow's own retries take minutes to find out that nobody listens; a connection attempt does not."""

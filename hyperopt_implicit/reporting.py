@@ -1,0 +1,88 @@
+"""What a trial tells Optuna while it runs, how often, and what ends it early."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hyperopt_implicit.history import OuterStep
+from hyperopt_implicit.interrupts import Interrupt
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+    from optuna.trial import Trial
+
+    from hyperopt_implicit.problem import BilevelProblem
+
+_EVERY = "report_every"  # the study's attribute
+_SHARE = 0.01  # of a trial's time
+_LEAST_SECONDS = 0.01  # for reports, in trials that are short
+_MEASURED_STEPS = 3
+
+
+class Pace:
+    """At which outer steps trials report, the same ones for all trials of a study: pruners compare equal steps.
+
+    A report and the question whether to prune take milliseconds on a database. Unless the pace is given, it is taken
+    from the first steps of the first trial such that reports take about a hundredth of a trial, or 10 ms; it is a power
+    of two, so that the steps of two workers which measure at the same time have most in common.
+
+    Args:
+        study: which remembers the pace.
+        outer_steps: of a trial.
+        every: report after so many outer steps; None measures.
+    """
+
+    def __init__(self, study: Study, outer_steps: int, every: int | None) -> None:
+        self._study, self.outer_steps = study, outer_steps
+        found = study.user_attrs.get(_EVERY) if every is None else every
+        self.every: int | None = found if isinstance(found, int) else None
+
+    def is_due(self, step: int) -> bool:
+        return self.every is None or (step + 1) % self.every == 0
+
+    def measure(self, step: int, step_seconds: float, report_seconds: float) -> None:
+        """Take note of what an outer step and a report took, and decide after some of them."""
+        if self.every is not None or step + 1 < min(_MEASURED_STEPS, self.outer_steps):
+            return
+        allowed = max(_SHARE * self.outer_steps * step_seconds, _LEAST_SECONDS)
+        reports = max(allowed / max(report_seconds, 1e-9), 1.0)
+        self.every = 2 ** max(math.ceil(math.log2(self.outer_steps / reports)), 0)
+        self._study.set_user_attr(_EVERY, self.every)
+
+
+@dataclass
+class Reporter:
+    """The callback of one trial: reports its validation loss, and ends it where the pruner or a signal says so.
+
+    Attributes:
+        trial: Optuna's.
+        pace: when to report.
+        interrupt: what a signal has asked for.
+        prunes: whether there is one value that a pruner can judge by.
+        pruned: whether the pruner has ended the trial.
+        interrupted: whether a signal has.
+    """
+
+    trial: Trial
+    pace: Pace
+    interrupt: Interrupt
+    prunes: bool
+    pruned: bool = False
+    interrupted: bool = False
+    _last: float | None = None
+
+    def __call__(self, step: OuterStep, problem: BilevelProblem) -> bool:
+        began = time.perf_counter()
+        if self.prunes and self.pace.is_due(step.step) and math.isfinite(step.validation_loss_sweep):
+            self.trial.report(step.validation_loss_sweep, step.step)
+            self.pruned = self.trial.should_prune()
+        is_last = step.step + 1 >= self.pace.outer_steps
+        self.interrupted = self.interrupt.requested and not self.pruned and not is_last
+        ended = time.perf_counter()
+        if self.prunes and self._last is not None:
+            self.pace.measure(step.step, began - self._last, ended - began)
+        self._last = ended
+        return self.pruned or self.interrupted

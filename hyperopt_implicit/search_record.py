@@ -1,0 +1,180 @@
+"""What is said about a search: the MLflow run above those of its trials, which all workers of a study share.
+
+No tracker is known here beyond the one that is given; ``tracking.py`` sends what this file describes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hyperopt_implicit.run_record import source_of, source_tags, versions
+from hyperopt_implicit.tracking import Tracker, Tracking, without_password
+from hyperopt_implicit.trials import front
+from hyperopt_implicit.workers import visible_trials
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial, Trial
+
+    from hyperopt_implicit.knob_space import KnobSpace
+
+_WAIT_SECONDS = 30.0  # for the worker that has made the study, to begin its run
+
+
+class SearchRecord:
+    """The MLflow run of a study, begun by whoever has made the study and continued by all others.
+
+    Args:
+        study: the study; it remembers its run.
+        created: whether this process has made it.
+        space: its knobs.
+        described: further params.
+        config: where and how; None tracks nothing.
+
+    Attributes:
+        run_id: of the run.
+        run_link: where to look at it.
+    """
+
+    def __init__(
+        self, study: Study, created: bool, space: KnobSpace, described: Mapping[str, Any], config: Tracking | None
+    ) -> None:
+        self._study, self._config = study, config
+        key = "" if config is None else f"mlflow:{without_password(config.resolved_uri)}"
+        begun = None if config is None else _begun(study, key, wait=not created)
+        params = {"study": study.study_name, **described, **versions()}
+        params |= {f"knob.{name}": each for name, each in space.distributions.items()}
+        tags = {**source_tags(source_of(space.builder)), "search": study.study_name}
+        named = None if config is None else replace(config, run_name=config.run_name or study.study_name)
+        self._tracker = Tracker(named, params, tags, resume=begun)
+        self.run_id, self.run_link = self._tracker.run_id, self._tracker.run_link
+        if self.run_id is not None and self.run_id != begun:
+            study.set_user_attr(key, self.run_id)
+
+    def nested(self, trial: Trial) -> Tracking | bool:
+        """The tracking of a trial's own run, beneath this one."""
+        if self._config is None:
+            return False
+        return replace(
+            self._config,
+            run_name=f"{self._config.run_name or 'trial'}-{trial.number}",
+            parent_run_id=self.run_id,
+            params={
+                **self._config.params,
+                "trial": trial.number,
+                **{f"knob.{name}": value for name, value in trial.params.items()},
+            },
+        )
+
+    def log(self, trial: FrozenTrial) -> None:
+        """Take the outcome of a trial."""
+        if self._config is None:
+            return
+        names = self._study.metric_names or ["value"]
+        values = dict(zip(names, trial.values or [math.nan] * len(names), strict=True))
+        metrics = {f"search/{name}": value for name, value in values.items()}
+        best = front(self._study)
+        if len(names) == 1:
+            metrics["search/best"] = best[0].values[0] if best else math.nan
+        else:
+            metrics["search/pareto_front"] = float(len(best))
+        self._tracker.log_metrics(metrics, trial.number)
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Log table and figures and end the run; where trials of other workers run on, leave that to the last."""
+        from optuna.trial import TrialState
+
+        if self._config is None:
+            return
+        if error is None and any(each.state is TrialState.RUNNING for each in self._study.get_trials(deepcopy=False)):
+            self._tracker.leave()
+            return
+        best = front(self._study)
+        if best:
+            self._tracker.set_tag("best_trial", ", ".join(str(each.number) for each in best))
+        figures = figures_of(self._study)
+        self._tracker.log_files(lambda folder: files_of(self._study, figures, folder))
+        self._tracker.end(error)
+
+
+def _begun(study: Study, key: str, *, wait: bool) -> str | None:
+    """The run that a study has already, for which its maker is given some seconds; None where there is none."""
+    until = time.monotonic() + (_WAIT_SECONDS if wait and not study.get_trials(deepcopy=False) else 0.0)
+    while True:
+        found = study.user_attrs.get(key)
+        if isinstance(found, str) or time.monotonic() >= until:
+            return found
+        time.sleep(0.1)
+
+
+def files_of(study: Study, figures: Iterable[tuple[str, Figure]], folder: Path) -> Iterator[tuple[Path, str | None]]:
+    """Write the table of trials and figures; gives each file with its place among the artifacts."""
+    import pandas as pd
+
+    rows = [_row(study, each) for each in visible_trials(study)]
+    pd.DataFrame(rows).to_csv(folder / "trials.csv", index=False)
+    yield folder / "trials.csv", None
+    for name, figure in figures:
+        figure.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight")
+        yield folder / f"{name}.png", "figures"
+
+
+def _row(study: Study, trial: FrozenTrial) -> dict[str, Any]:
+    names = study.metric_names or ["value"]
+    return {
+        "trial": trial.number,
+        "state": trial.state.name.lower(),
+        **dict(zip(names, trial.values or [None] * len(names), strict=True)),
+        **{f"knob.{name}": value for name, value in trial.params.items()},
+        **{f"constraint.{name}": value for name, value in trial.constraints.items()},
+        "seconds": trial.duration.total_seconds() if trial.duration is not None else None,
+        "run_id": trial.user_attrs.get("run_id"),
+        "failure": trial.user_attrs.get("failure"),
+    }
+
+
+def figures_of(study: Study) -> list[tuple[str, Figure]]:
+    """Those of Optuna's figures that there are enough trials for.
+
+    Optuna draws with pyplot and sets its style: call it from the main thread; both are as before afterwards.
+    """
+    import matplotlib.pyplot as plt
+    from optuna.trial import TrialState
+    from optuna.visualization import matplotlib as drawn
+
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if len(complete) < 2:
+        return []
+    several_knobs = len({name for each in complete for name in each.params}) > 1
+    wanted: dict[str, Callable[[Study], Any]] = {}
+    if len(study.directions) == 1:
+        wanted = {
+            "history": drawn.plot_optimization_history,
+            "slices": drawn.plot_slice,
+            "learning_curves": drawn.plot_intermediate_values,
+        }
+        if several_knobs:
+            wanted["importances"] = drawn.plot_param_importances
+            wanted["parallel_coordinates"] = drawn.plot_parallel_coordinate
+    elif len(study.directions) < 4:
+        wanted = {"pareto_front": drawn.plot_pareto_front}
+    found = []
+    before = set(plt.get_fignums())
+    with plt.rc_context(), plt.ioff(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Optuna calls these figures experimental
+        for name, draw in wanted.items():
+            try:
+                axes = draw(study)
+            except (ValueError, RuntimeError, ZeroDivisionError):  # trials that are all alike
+                continue
+            found.append((name, (axes.flat[0] if hasattr(axes, "flat") else axes).figure))
+    for number in set(plt.get_fignums()) - before:
+        plt.close(number)
+    return found
