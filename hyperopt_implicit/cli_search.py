@@ -54,7 +54,7 @@ from hyperopt_implicit.studies import DEFAULT_STORAGE, PRUNERS, SAMPLERS, open_s
 from hyperopt_implicit.tracking import Tracking
 from hyperopt_implicit.trial_table import number, seconds_of, state_of, trial_table
 from hyperopt_implicit.trials import front
-from hyperopt_implicit.workers import visible_trials
+from hyperopt_implicit.workers import counted, visible_trials
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -255,16 +255,17 @@ def _print_trial(trial: FrozenTrial) -> None:
 
 
 def _print_best(study: Study) -> None:
-    trials = visible_trials(study)
+    trials = counted(study)
     objectives = [name.replace("_", " ") for name in study.metric_names or ["value"]]
     best = front(study)
     if not best:
-        out.print(f"study {escape(study.study_name)}: none of {len(trials)} trials is complete", highlight=False)
+        out.print(f"study {escape(study.study_name)}: none of {trials} trials is complete", highlight=False)
         return
     for each in best:
         values = ", ".join(f"{name} {value:.6g}" for name, value in zip(objectives, each.values, strict=True))
         knobs = ", ".join(f"{name} = {number(value)}" for name, value in each.params.items())
-        out.print(f"best of {len(trials)} trials: number {each.number}, {values}, {escape(knobs)}", highlight=False)
+        line = f"best of {trials} trials: number {each.number}, {values}, {escape(knobs)}"
+        out.print(line, highlight=False, soft_wrap=True)
     out.print(
         f"continue it with --study {escape(study.study_name)} and a larger --trials; load its model with "
         f"hi.load_best(builder, {escape(repr(study.study_name))})",

@@ -127,7 +127,7 @@ class HyperOptimizer:
         self.state: State = {}
         self._checked = False
         self._tunes_the_optimizer = bool(problem.hyperparameters.names("optimizer"))
-        self._guard = GuardedStep(
+        self.guard = GuardedStep(
             self.optimizer, clip=clip, on_failure=on_failure, is_inside=problem.hyperparameters.is_inside
         )
 
@@ -170,8 +170,12 @@ class HyperOptimizer:
         if not self._checked:
             self.check(training[0], validation)
         result = honest(self.backend.hypergradient(self.problem, training, validation, self.state))
-        self.state = result.state if result.status is not Status.NON_FINITE else {}
+        self.carry(result)
         return result
+
+    def carry(self, result: Hypergradient) -> None:
+        """Keep what the backend wants to be given at its next call."""
+        self.state = result.state if result.status is not Status.NON_FINITE else {}
 
     def apply(self, result: Hypergradient, size: float | None = None) -> bool:
         """Move the hyperparameters by a hypergradient, as the policy for failures allows; says whether they moved.
@@ -183,7 +187,7 @@ class HyperOptimizer:
         Raises:
             HypergradientError: it failed, and ``on_failure="raise"``.
         """
-        moved = self._guard.apply(result, self.problem.hparams, size)
+        moved = self.guard.apply(result, self.problem.hparams, size)
         self.problem.hyperparameters.project_()
         if self._tunes_the_optimizer:
             self.problem.sync_optimizer()

@@ -20,7 +20,7 @@ _POLL_SECONDS = 0.1
 class _Worker:
     """One process, and the threads that read what it writes."""
 
-    def __init__(self, index: int, command: Sequence[str], said: set[str]) -> None:
+    def __init__(self, index: int, command: Sequence[str], threads: int, said: set[str]) -> None:
         self.index = index
         self.lines: list[str] = []
         self._said = said
@@ -30,7 +30,7 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONUNBUFFERED": "1"},
             start_new_session=True,  # Ctrl-C comes from here, once
         )
         assert self.process.stdout is not None and self.process.stderr is not None
@@ -60,15 +60,17 @@ class _Worker:
 def run_workers(command: Sequence[str], count: int) -> str | None:
     """Run a command of this package in so many processes until all have ended; gives the link to their run.
 
-    A signal is passed on to all of them, and they are waited for; a second one kills them.
+    They share the cores: each has its part of them as threads, unless ``OMP_NUM_THREADS`` says otherwise. A signal is
+    passed on to all of them, and they are waited for; a second one kills them.
 
     Raises:
         CommandError: all ended with an error.
         KeyboardInterrupt: a signal came.
     """
     said: set[str] = set()
+    threads = max(len(os.sched_getaffinity(0)) // count, 1) if hasattr(os, "sched_getaffinity") else 1
     with listening("the workers end after their present outer step; interrupt again to kill them") as interrupt:
-        workers = [_Worker(index, command, said) for index in range(1, count + 1)]
+        workers = [_Worker(index, command, threads, said) for index in range(1, count + 1)]
         passed_on = False
         try:
             while any(each.process.poll() is None for each in workers):

@@ -7,8 +7,7 @@ differentiated in ``members_curvature.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -85,6 +84,13 @@ class Members:
         if self.problems:
             self._stack()
 
+    @torch.no_grad()
+    def values(self) -> Params:
+        """The constrained hyperparameters of all members; without those that are modules."""
+        hyperparameters = self.problems[0].hyperparameters
+        declared = hyperparameters.declarations
+        return {name: torch.vmap(declared[name].transform)(x) for name, x in self.hparams.items() if name in declared}
+
     # -------------------------------------------------------------------------------------------------------- losses
 
     def training_losses(
@@ -105,6 +111,7 @@ class Members:
         hparams: Params,
         parts: Sequence[Part],
         buffers: Params | None,
+        values: Params | None = None,
         randomness: str = "different",
     ) -> Tensor:
         tensors = {f"model.{name}": x for name, x in params.items()}
@@ -112,37 +119,40 @@ class Members:
         tensors |= self._frozen
         held = {name: x.clone() for name, x in self.buffers.items()} if buffers is None else buffers
         if len(parts) == 1 and parts[0].members is None:
-            return self._part(role, tensors, held, parts[0], randomness)
+            return self._part(role, tensors, held, values or {}, parts[0], randomness)
         losses: list[Tensor | None] = [None] * len(self)
         for part in parts:
             members = part.members or []
             index = torch.tensor(members, device=self.device)
             some = {name: x if self._dims[name] is None else x[index] for name, x in tensors.items()}
             moving = {name: x[index] for name, x in held.items()}
-            found = self._part(role, some, moving, part, randomness)
+            given = {name: x[index] for name, x in (values or {}).items()}
+            found = self._part(role, some, moving, given, part, randomness)
             for name, x in moving.items():
                 held[name][index] = x
             for i, loss in zip(members, found, strict=True):
                 losses[i] = loss
         return torch.stack([x for x in losses if x is not None])
 
-    def _part(self, role: str, tensors: Params, buffers: Params, part: Part, randomness: str) -> Tensor:
+    def _part(self, role: str, tensors: Params, buffers: Params, values: Params, part: Part, randomness: str) -> Tensor:
         template = self.problems[0]
-        names, held = list(tensors), list(buffers)
+        names, held, known = list(tensors), list(buffers), list(values)
 
-        def one(own: list[Tensor], moving: list[Tensor], given: list[Tensor]) -> Tensor:
+        def one(own: list[Tensor], moving: list[Tensor], constrained: list[Tensor], given: list[Tensor]) -> Tensor:
             state = dict(zip(held, moving, strict=True))
-            loss, left = template.evaluate_with(role, dict(zip(names, own, strict=True)), state, part.make(given))
+            complete: dict[str, Any] | None = dict(zip(known, constrained, strict=True))
+            for name in template.hyperparameters.names("loss") if complete else ():
+                complete.setdefault(name, getattr(template.hyperparameters, name))
+            loss, left = template.evaluate_with(
+                role, dict(zip(names, own, strict=True)), state, part.make(given), complete or None
+            )
             if any(left[name] is not state[name] for name in state):
                 raise UnvectorisableError("a module puts another tensor in the place of a buffer.")
             return loss
 
-        dims = ([self._dims[name] for name in names], [0] * len(held), part.dims)
-        size = len(self) if part.members is None else len(part.members)
-        found: Tensor = torch.vmap(
-            one, in_dims=_dims(dims), randomness=randomness, out_dims=0
-        )(list(tensors.values()), list(buffers.values()), part.tensors)
-        assert found.shape == (size,)
+        dims = ([self._dims[name] for name in names], [0] * len(held), [0] * len(known), part.dims)
+        inputs = [tensors.values(), buffers.values(), values.values(), part.tensors]
+        found: Tensor = torch.vmap(one, in_dims=_dims(dims), randomness=randomness)(*map(list, inputs))
         return found
 
 
@@ -175,17 +185,3 @@ def column(numbers: Sequence[float] | Tensor, like: Tensor) -> Tensor:
     if not isinstance(numbers, Tensor):
         numbers = torch.tensor(numbers, dtype=torch.float64)
     return numbers.to(like.device, like.dtype).view(-1, *[1] * (like.dim() - 1))
-
-
-@contextmanager
-def quiet_vmap() -> Iterator[None]:
-    """Inside, torch does not warn of operators that it takes for one member after another; results are the same."""
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-        yield
-
-
-Losses = Callable[..., Tensor]
-Named = Mapping[str, Tensor]

@@ -122,13 +122,13 @@ class MembersStream:
     Where all of them hold the same batches in a list, one is read for all.
 
     Attributes:
-        draws: whether taking a batch may draw random numbers.
+        is_resident: whether all batches are in memory anyway.
     """
 
     def __init__(self, streams: Sequence[BatchStream], data: Sequence[Any], generators: Generators) -> None:
         self._streams, self._data, self._generators = list(streams), list(data), generators
         self._shared = _same_lists(data)
-        self.draws = not all(each.is_list for each in streams)
+        self.is_resident = all(each.is_resident for each in streams)
 
     def keep(self, members: Sequence[int]) -> None:
         """Go on with these members only."""

@@ -42,7 +42,9 @@ class MembersHessian(LossHessian):
         decays = [problem.weight_decays for problem in members.problems]
         names = {name for each in decays for name in each}
         self._columns = {
-            name: column([each.get(name, 0.0) for each in decays], p) for name, p in members.params.items() if name in names
+            name: column([each.get(name, 0.0) for each in decays], p)
+            for name, p in members.params.items()
+            if name in names
         }
 
     def _decayed(self, product: Sequence[Tensor], vector: Params) -> Params:

@@ -109,7 +109,9 @@ def largest_eigenvalues(
     warm, direction = carried(states, "eigenvector", vectors)
     if not all(warm):
         sizes = norms(vectors)
-        ripple = torch.cat([torch.cos(torch.arange(n, device=vectors.device).mul(1.7)) for n in operator.columns.values()])
+        ripple = torch.cat(
+            [torch.cos(torch.arange(n, device=vectors.device).mul(1.7)) for n in operator.columns.values()]
+        )
         scale = weights([size / max(vectors.shape[1], 1) ** 0.5 for size in sizes], vectors)
         direction = chosen(warm, direction, vectors + scale * ripple.to(vectors))
     eigenvalues, lost = [0.0] * count, [False] * count
@@ -121,7 +123,9 @@ def largest_eigenvalues(
         if not any(going):
             break
         lengths = norms(direction)
-        direction = direction * weights([1.0 / x if g and x > 0.0 else 1.0 for x, g in zip(lengths, going, strict=True)], direction)
+        direction = direction * weights(
+            [1.0 / x if g and x > 0.0 else 1.0 for x, g in zip(lengths, going, strict=True)], direction
+        )
         product = operator.multiply(direction, going)
         sizes = norms(product)
         for i, size in enumerate(sizes):

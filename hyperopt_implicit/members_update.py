@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt_implicit.members import column, point
+from hyperopt_implicit.members import column
 from hyperopt_implicit.optimizers import scalar_dtype
 from hyperopt_implicit.vectors import Params
 
@@ -48,15 +48,25 @@ class MembersOptimizer(ABC):
     def step(self, gradients: Found) -> None:
         """One update of all members."""
 
-    def adopt(self, member: int) -> None:  # noqa: B027  (nothing to do where there are no stacks)
+    def release(self, member: int) -> None:  # noqa: B027  (nothing to do where there are no stacks)
+        """Before a member's own optimizer steps by itself: leave it nothing that it has not come to keep."""
+
+    def adopt(self, member: int) -> None:  # noqa: B027
         """Take over what a member's own optimizer has come to keep by itself."""
 
-    def tensors(self) -> list[Tensor]:
-        """The stacks of what is kept."""
-        return []
+    def copy(self) -> Any:
+        """A copy of all that is kept."""
+        return None
 
-    def _options(self, group: int, key: str) -> list[float]:
-        return [float(optimizer.param_groups[group][key]) for optimizer in self._optimizers]
+    def put_back(self, copy: Any, members: Sequence[int]) -> None:  # noqa: B027
+        """What some members kept when :meth:`copy` was called."""
+
+    def free(self, member: int) -> None:
+        """Give a member that leaves memory of its own."""
+        state = self._optimizers[member].state
+        for p in self._owned[member]:
+            if p in state:
+                state[p] = {key: x.clone() if isinstance(x, Tensor) else x for key, x in state[p].items()}
 
 
 class OwnOptimizers(MembersOptimizer):
@@ -72,9 +82,14 @@ class OwnOptimizers(MembersOptimizer):
 
 
 class _Vectorised(MembersOptimizer):
-    """What the vectorised updates have in common: a stack for each slot of each parameter, zero where there is none yet."""
+    """What the vectorised updates have in common.
+
+    A slot is a stack, zero for members that keep nothing there yet: they are marked in ``_blank``. Step counters are
+    slots of one number.
+    """
 
     slots: tuple[str, ...] = ()
+    counter: str | None = None
 
     def __init__(
         self,
@@ -83,55 +98,88 @@ class _Vectorised(MembersOptimizer):
         stacks: Params,
     ) -> None:
         super().__init__(optimizers, owned, stacks)
+        self._index = {name: i for i, name in enumerate(stacks)}
         self._kept: dict[str, Params] = {}
+        self._blank: dict[str, list[bool]] = {}
         self._known: dict[tuple[int, str], tuple[list[float], Coefficient]] = {}
-        for i, name in enumerate(stacks):
-            rows = [optimizer.state.get(each[i], {}) for optimizer, each in zip(optimizers, self._owned, strict=True)]
-            if any(rows):
-                self._begin(name, rows)
+        for name in stacks:
+            if any(self._states(name)):
+                self._begin(name)
 
-    def _begin(self, name: str, rows: Sequence[dict[str, Any]]) -> Params:
+    def _states(self, name: str) -> list[dict[str, Any]]:
+        """What each member's own optimizer keeps of a parameter."""
+        i = self._index[name]
+        return [
+            optimizer.state[params[i]] if params[i] in optimizer.state else {}
+            for optimizer, params in zip(self._optimizers, self._owned, strict=True)
+        ]
+
+    @torch.no_grad()
+    def _begin(self, name: str) -> None:
         """Stacks for the slots of a parameter, from what the members keep of it."""
-        stack = self._stacks[name]
-        kept = self._kept[name] = {key: torch.zeros_like(stack, requires_grad=False) for key in self.slots}
-        for i, row in enumerate(rows):
-            self._fill(kept, i, row)
+        stack, states = self._stacks[name], self._states(name)
+        self._kept[name] = {key: torch.zeros_like(stack, requires_grad=False) for key in self.slots}
+        if self.counter is not None:
+            self._kept[name][self.counter] = torch.zeros(len(states), dtype=scalar_dtype())
+        self._blank[name] = [True] * len(states)
+        for i in range(len(states)):
+            self._fill(name, i, states[i])
         self._point(name)
-        return kept
 
-    def _fill(self, kept: Params, member: int, row: dict[str, Any]) -> None:
-        for key, stack in kept.items():
-            value = row.get(key)
-            stack[member].zero_() if value is None else stack[member].copy_(value)
+    def _fill(self, name: str, member: int, state: dict[str, Any]) -> None:
+        self._blank[name][member] = state.get(self.slots[0]) is None
+        for key, stack in self._kept[name].items():
+            value = state.get(key)
+            if value is None:
+                stack[member].zero_()
+            else:
+                stack[member].copy_(torch.as_tensor(value))
 
     def _point(self, name: str) -> None:
         """Make the members' states slices of the stacks."""
-        i = list(self._stacks).index(name)
+        i = self._index[name]
         for key, stack in self._kept[name].items():
             for row, optimizer, params in zip(stack.unbind(0), self._optimizers, self._owned, strict=True):
                 optimizer.state[params[i]][key] = row
 
+    def release(self, member: int) -> None:
+        for name, blank in self._blank.items():
+            if blank[member]:
+                self._optimizers[member].state.pop(self._owned[member][self._index[name]], None)
+
     @torch.no_grad()
     def adopt(self, member: int) -> None:
-        for i, name in enumerate(self._stacks):
-            row = self._optimizers[member].state.get(self._owned[member][i], {})
+        for name in self._stacks:
+            state = dict(self._states(name)[member])
             if name in self._kept:
-                self._fill(self._kept[name], member, dict(row))
+                self._fill(name, member, state)
                 self._point(name)
-            elif row:
-                rows: list[dict[str, Any]] = [{} for _ in self._optimizers]
-                rows[member] = dict(row)
-                self._begin(name, rows)
+            elif state:
+                self._begin(name)
 
-    def tensors(self) -> list[Tensor]:
-        return [x for kept in self._kept.values() for x in kept.values()]
+    @torch.no_grad()
+    def copy(self) -> Any:
+        kept = {name: {key: x.clone() for key, x in each.items()} for name, each in self._kept.items()}
+        return kept, {name: list(each) for name, each in self._blank.items()}
+
+    @torch.no_grad()
+    def put_back(self, copy: Any, members: Sequence[int]) -> None:
+        before, blank = copy
+        for name, kept in self._kept.items():
+            for i in members:
+                self._blank[name][i] = blank[name][i] if name in blank else True
+                for key, stack in kept.items():
+                    if name in before:
+                        stack[i].copy_(before[name][key][i])
+                    else:
+                        stack[i].zero_()
 
     def _coefficient(self, group: int, key: str, of: Callable[[dict[str, Any]], float]) -> Coefficient:
         """A number of the options: one for all members where they have the same, or a tensor of one for each."""
         numbers = [of(optimizer.param_groups[group]) for optimizer in self._optimizers]
         known = self._known.get((group, key))
         if known is None or known[0] != numbers:
-            known = numbers, _merged(numbers, next(iter(self._stacks.values())))
+            known = numbers, merged(numbers, next(iter(self._stacks.values())))
             self._known[group, key] = known
         return known[1]
 
@@ -153,8 +201,7 @@ class MembersDescent(_Vectorised):
                 gradient, p = gradients[name], self._stacks[name].detach()
                 if gradient is None:
                     continue
-                direction = gradient.neg() if first["maximize"] else gradient
-                direction = _added(direction, p, decay)
+                direction = _added(gradient.neg() if first["maximize"] else gradient, p, decay)
                 if first["momentum"]:
                     buffer = self._moved(name, direction, momentum, fresh)
                     direction = _added(direction, buffer, momentum) if first["nesterov"] else buffer
@@ -163,122 +210,67 @@ class MembersDescent(_Vectorised):
     def _moved(self, name: str, direction: Tensor, momentum: Coefficient, fresh: Coefficient) -> Tensor:
         """The buffer after this step: the direction itself where there was none."""
         if name not in self._kept:
-            self._begin(name, [{} for _ in self._optimizers])
-            self._empty(name)
-        buffer = self._kept[name]["momentum_buffer"]
-        buffer.mul_(_shaped(momentum, buffer))
-        blank = self._blank.pop(name, None)
-        if blank is not None and not (isinstance(fresh, float) and fresh == 1.0):
-            weights = torch.ones(len(self._optimizers), dtype=torch.float64, device=buffer.device) * fresh
-            fresh = torch.where(torch.tensor(blank, device=buffer.device), torch.ones_like(weights), weights)
-        return _add_(buffer, direction, fresh, 1.0)
-
-    _blank: dict[str, list[bool]]
-
-    def _begin(self, name: str, rows: Sequence[dict[str, Any]]) -> Params:
-        if not hasattr(self, "_blank"):
-            self._blank = {}
-        found = super()._begin(name, rows)
-        self._blank[name] = [row.get("momentum_buffer") is None for row in rows]
-        return found
-
-    def _empty(self, name: str) -> None:
-        self._blank[name] = [True] * len(self._optimizers)
-
-    @torch.no_grad()
-    def adopt(self, member: int) -> None:
-        empty = [
-            self._optimizers[member].state.get(p, {}).get("momentum_buffer") is None for p in self._owned[member]
-        ]
-        super().adopt(member)
-        for name, is_empty in zip(self._stacks, empty, strict=True):
-            if name in self._kept:
-                blank = self._blank.setdefault(name, [False] * len(self._optimizers))
-                blank[member] = is_empty
+            self._begin(name)
+        buffer, blank = self._kept[name]["momentum_buffer"], self._blank[name]
+        if any(blank):
+            weights = torch.ones(len(blank), dtype=direction.dtype, device=direction.device) * fresh
+            fresh = weights.masked_fill(torch.tensor(blank, device=direction.device), 1.0)
+            self._blank[name] = [False] * len(blank)
+        return _add_(buffer.mul_(_shaped(momentum, buffer)), direction, fresh, 1.0)
 
 
 class MembersAdam(_Vectorised):
     """torch.optim.Adam and AdamW."""
 
     slots = ("exp_avg", "exp_avg_sq")
-    _steps: Params
-
-    def _begin(self, name: str, rows: Sequence[dict[str, Any]]) -> Params:
-        if not hasattr(self, "_steps"):
-            self._steps = {}
-        self._steps[name] = torch.zeros(len(rows), dtype=scalar_dtype())
-        for i, row in enumerate(rows):
-            self._steps[name][i] = float(row.get("step", 0.0))
-        return super()._begin(name, rows)
-
-    def _point(self, name: str) -> None:
-        super()._point(name)
-        i = list(self._stacks).index(name)
-        for row, optimizer, params in zip(self._steps[name].unbind(0), self._optimizers, self._owned, strict=True):
-            optimizer.state[params[i]]["step"] = row
-
-    def _fill(self, kept: Params, member: int, row: dict[str, Any]) -> None:
-        super()._fill(kept, member, row)
-        name = next(name for name, each in self._kept.items() if each is kept)
-        self._steps[name][member] = float(row.get("step", 0.0))
-
-    def tensors(self) -> list[Tensor]:
-        return [*super().tensors(), *getattr(self, "_steps", {}).values()]
+    counter = "step"
 
     @torch.no_grad()
     def step(self, gradients: Found) -> None:
         for i, names in enumerate(self._names):
-            first = self._optimizers[0].param_groups[i]
-            for name in names:
-                if gradients[name] is not None and name not in self._kept:
-                    self._begin(name, [{} for _ in self._optimizers])
             met = [name for name in names if gradients[name] is not None]
-            if not met:
-                continue
+            for name in met:
+                if name not in self._kept:
+                    self._begin(name)
             corrections = self._corrections(i, met)
-            beta1 = self._coefficient(i, "beta1", lambda group: float(group["betas"][0]))
-            beta2 = self._coefficient(i, "beta2", lambda group: float(group["betas"][1]))
+            first = self._optimizers[0].param_groups[i]
             rest = self._coefficient(i, "rest", lambda group: 1.0 - float(group["betas"][0]))
+            kept = self._coefficient(i, "kept", lambda group: float(group["betas"][1]))
             square = self._coefficient(i, "square", lambda group: 1.0 - float(group["betas"][1]))
             decay = self._coefficient(i, "weight_decay", lambda group: float(group["weight_decay"]))
             shrink = self._coefficient(
                 i, "shrink", lambda group: 1.0 - float(group["lr"]) * float(group["weight_decay"])
             )
             eps = self._coefficient(i, "eps", lambda group: float(group["eps"]))
-            del beta1
             for name in met:
                 gradient, p = gradients[name], self._stacks[name].detach()
                 assert gradient is not None
-                kept = self._kept[name]
-                mean, squares = kept["exp_avg"], kept["exp_avg_sq"]
+                mean, squares = self._kept[name]["exp_avg"], self._kept[name]["exp_avg_sq"]
                 step_size, root = corrections[name]
                 direction = gradient.neg() if first["maximize"] else gradient
-                if first.get("decoupled_weight_decay"):
-                    p.mul_(_shaped(shrink, p))
-                else:
+                if not first.get("decoupled_weight_decay"):
                     direction = _added(direction, p, decay)
+                elif not (isinstance(shrink, float) and shrink == 1.0):
+                    p.mul_(_shaped(shrink, p))
                 mean.lerp_(direction, _shaped(rest, p))
-                squares.mul_(_shaped(beta2, p))
-                _add_(squares, direction * direction, square, 1.0)
+                _add_(squares.mul_(_shaped(kept, p)), direction * direction, square, 1.0)
                 divisor = squares.sqrt().div_(_shaped(root, p)).add_(_shaped(eps, p))
                 _add_(p, mean / divisor, step_size, -1.0)
 
     def _corrections(self, group: int, names: Sequence[str]) -> dict[str, tuple[Coefficient, Coefficient]]:
         """The step size and the root of the second correction, for each parameter; computed once where they agree."""
+        groups = [optimizer.param_groups[group] for optimizer in self._optimizers]
         found: dict[str, tuple[Coefficient, Coefficient]] = {}
         known: dict[tuple[float, ...], tuple[Coefficient, Coefficient]] = {}
         for name in names:
-            self._steps[name] += 1
-            steps = tuple(self._steps[name].tolist())
+            self._kept[name]["step"] += 1
+            self._blank[name] = [False] * len(groups)
+            steps = tuple(self._kept[name]["step"].tolist())
             if steps not in known:
-                groups = [optimizer.param_groups[group] for optimizer in self._optimizers]
-                sizes = [
-                    float(each["lr"]) / (1.0 - float(each["betas"][0]) ** t)
-                    for each, t in zip(groups, steps, strict=True)
-                ]
-                roots = [(1.0 - float(each["betas"][1]) ** t) ** 0.5 for each, t in zip(groups, steps, strict=True)]
-                like = self._stacks[name]
-                known[steps] = _merged(sizes, like), _merged(roots, like)
+                rows = list(zip(groups, steps, strict=True))
+                sizes = [float(each["lr"]) / (1.0 - float(each["betas"][0]) ** t) for each, t in rows]
+                roots = [(1.0 - float(each["betas"][1]) ** t) ** 0.5 for each, t in rows]
+                known[steps] = merged(sizes, self._stacks[name]), merged(roots, self._stacks[name])
             found[name] = known[steps]
         return found
 
@@ -295,17 +287,16 @@ def members_optimizer(
     found = kinds.get(type(optimizers[0]), OwnOptimizers)
     groups = optimizers[0].param_groups
     special = ("amsgrad", "capturable", "differentiable", "fused")
-    if any(group.get(key) for group in groups for key in special) or any(x.is_complex() for x in stacks.values()):
+    if (
+        any(group.get(key) for group in groups for key in special)
+        or any(x.is_complex() for x in stacks.values())
+        or any(each._optimizer_step_pre_hooks or each._optimizer_step_post_hooks for each in optimizers)
+    ):
         found = OwnOptimizers
-    if any(optimizer.state.default_factory is None for optimizer in optimizers):
-        found = OwnOptimizers
-    hooked = any(
-        optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks for optimizer in optimizers
-    )
-    return (OwnOptimizers if hooked else found)(optimizers, owned, stacks)
+    return found(optimizers, owned, stacks)
 
 
-def _merged(numbers: list[float], like: Tensor) -> Coefficient:
+def merged(numbers: list[float], like: Tensor) -> Coefficient:
     if all(x == numbers[0] for x in numbers):
         return numbers[0]
     return torch.tensor(numbers, dtype=torch.float64).to(like.device, like.dtype)
@@ -327,6 +318,3 @@ def _add_(x: Tensor, y: Tensor, coefficient: Coefficient, sign: float) -> Tensor
     if isinstance(coefficient, float):
         return x.add_(y, alpha=sign * coefficient)
     return x.addcmul_(column(coefficient, y), y, value=sign)
-
-
-__all__ = ["MembersOptimizer", "members_optimizer", "point"]

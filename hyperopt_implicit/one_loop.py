@@ -13,8 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import torch
+from torch import Tensor
+
 from hyperopt_implicit.backend import State, Status
 from hyperopt_implicit.implicit import ImplicitBackend, Solution
+from hyperopt_implicit.members_solver import dots, norms
 from hyperopt_implicit.operators import LinearOperator, LossHessian
 from hyperopt_implicit.spectrum import largest_eigenvalue
 from hyperopt_implicit.vectors import (
@@ -107,18 +111,40 @@ class Measured:
 def measured(solution: Params, product: Params, vector: Params, *, grown: bool = False) -> Measured:
     """How good u is, from A u and v; ``grown`` where the iteration behind it is known to have grown beyond bounds."""
     residual = add(vector, product, -1.0)
-    size = norm(residual) / norm(vector)
-    curvature, rounding = dot(solution, product), precision(vector)
+    size, length = norm(residual) / norm(vector), norm(solution) * norm(product)
+    status, lost = _judged(size, dot(solution, product), length, precision(vector), grown)
+    return Measured(solution, residual, size, status, lost)
+
+
+@dataclass(frozen=True)
+class MeasuredMember:
+    """What :class:`Measured` tells of one of many: size, status, and whether it is lost."""
+
+    size: float
+    status: Status
+    lost: bool
+
+
+def members_measured(solutions: Tensor, products: Tensor, vectors: Tensor) -> list[MeasuredMember]:
+    """How good the u of each member is, from A u and v, a row a member; of one without v, zero."""
+    found, eps = [], torch.finfo(vectors.dtype).eps
+    sizes, lengths = norms(vectors - products), norms(vectors)
+    curvatures, beside = dots(solutions, products), zip(norms(solutions), norms(products), strict=True)
+    for size, length, curvature, (u, au) in zip(sizes, lengths, curvatures, beside, strict=True):
+        relative = size / length if length else 0.0
+        found.append(MeasuredMember(relative, *_judged(relative, curvature, u * au, eps, False)))
+    return found
+
+
+def _judged(size: float, curvature: float, length: float, rounding: float, grown: bool) -> tuple[Status, bool]:
     lost = grown or not size <= LIMIT
     if not math.isfinite(size):
-        status = Status.NON_FINITE
-    elif curvature < -_NULL * rounding * norm(solution) * norm(product):
-        status = Status.NEGATIVE_CURVATURE
-    elif lost:
-        status = Status.DIVERGED
-    else:
-        status = Status.CONVERGED if size <= _ROUNDING * rounding else Status.TRUNCATED
-    return Measured(solution, residual, size, status, lost)
+        return Status.NON_FINITE, lost
+    if curvature < -_NULL * rounding * length:
+        return Status.NEGATIVE_CURVATURE, lost
+    if lost:
+        return Status.DIVERGED, lost
+    return (Status.CONVERGED if size <= _ROUNDING * rounding else Status.TRUNCATED), lost
 
 
 class InTurn(LossHessian):

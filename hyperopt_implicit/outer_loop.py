@@ -11,6 +11,7 @@ import warnings
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ class OuterLoop:
             for name, value in self.problem.hyperparameters().items()
         }
 
-    def warm_up(self, steps: int, before: Snapshot) -> None:
+    def warm_up(self, steps: int, before: Snapshot | None) -> None:
         self._plain.take(steps, self.values(), before)
 
     def train(self, values: dict[str, Value], before: Snapshot | None) -> list[float]:
@@ -119,6 +120,16 @@ class Taken:
     sound: bool
 
 
+class Keeps(Protocol):
+    """A copy of the state of training, and the way back to it."""
+
+    def take(self) -> None:
+        """Copy the present state."""
+
+    def restore(self) -> None:
+        """Put it back."""
+
+
 @dataclass
 class Run:
     """The bookkeeping around the loop: records, the best so far, failures, and when to stop.
@@ -126,6 +137,10 @@ class Run:
     Beside what the backend reads to decide, numbers are read from the device at five places of an outer step, each time
     all of a kind at once: the losses of the inner steps, the hyperparameters that are recorded, the norms of the
     weights and of the hypergradient, and whether the hyperparameters are inside their constraints after the move.
+
+    Attributes:
+        good: where the last outer step began.
+        is_good: whether that can be the present state, its weights being finite.
     """
 
     loop: OuterLoop
@@ -152,22 +167,22 @@ class Run:
         self._failures_in_a_row = 0
         self._failed = 0
         self._note: str | None = None
-        self._good = Snapshot(problem)  # where the last outer step began
-        self._good.take()
-        self._is_good = True
+        self.good: Keeps = Snapshot(problem)
+        self.good.take()
+        self.is_good = True
 
     def warm_up(self, steps: int) -> None:
-        self.loop.warm_up(steps, self._good)
-        self._is_good = is_finite(self.loop.problem.params)
+        self.loop.warm_up(steps, self.good)
+        self.is_good = is_finite(self.loop.problem.params)
 
     def advance(self, step: int) -> OuterStep:
         """One outer step, recorded."""
         problem = self.loop.problem
         started = time.perf_counter()
-        if self._is_good:
-            self._good.take()
+        if self.is_good:
+            self.good.take()
         values = self.loop.values()
-        losses = self.loop.train(values, self._good if self._is_good else None)
+        losses = self.loop.train(values, self.good if self.is_good else None)
         trained = time.perf_counter()
         shown = summarise(values, problem.hyperparameters.element_names)
         result = self.loop.differentiate()
@@ -183,8 +198,8 @@ class Run:
         """Before the move: go back to the last good state where this one is lost, and says so; note the best so far."""
         lost = taken.result.status is Status.NON_FINITE or not taken.sound
         if lost:
-            self._good.restore()
-        self._is_good = True
+            self.good.restore()
+        self.is_good = True
         self._judge(step, taken.result)
         return lost
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from sqlalchemy import URL
 
 _SQLITE_HEADER = b"SQLite format 3\x00"
+_WRITE_AHEAD = b"\x02\x02"  # bytes 18 and 19
+_CHECKED_BYTES = 2**26  # of a database that is read from end to end; a second or so
+_BUSY_SECONDS = 10.0
 _OPTUNAS = {"studies", "trials", "version_info"}  # tables that every version of Optuna has made
 _REVISIONS = "alembic_version"  # that other programs use as well
 _LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "overlay", "tmpfs"}
@@ -84,30 +87,36 @@ def is_local(file: Path) -> bool:
     return bool(around) and max(around, key=lambda each: len(each[0]))[1] in _LOCAL
 
 
-def check_sqlite(file: Path) -> None:
-    """Refuse a file that is no SQLite database, going by its first bytes.
+def check_sqlite(file: Path) -> bool:
+    """Whether an SQLite file has studies; nothing is written, neither to it nor beside it.
 
     Raises:
-        SearchError: it is something else.
+        SearchError: it is no database, or one of somebody else's.
+        Exception: what the driver raises where it is damaged.
     """
+    from sqlalchemy.exc import OperationalError
+
     with file.open("rb") as opened:
-        start = opened.read(len(_SQLITE_HEADER))
-    if start and start != _SQLITE_HEADER:
+        start = opened.read(20)
+    if start and not start.startswith(_SQLITE_HEADER):
         raise SearchError(
-            f"a sqlite storage is an SQLite database; {str(file)!r} is none, it begins with {start!r}. Name another "
-            "file; nothing was changed."
+            f"a sqlite storage is an SQLite database; {str(file)!r} is none, it begins with {start[:16]!r}. Name "
+            "another file; nothing was changed."
         )
+    # a write-ahead log that is not there would be made by whoever looks; where there is none, nobody writes
+    untouched = start[18:] == _WRITE_AHEAD and not Path(f"{file}-wal").exists()
+    try:
+        return _sqlite_has_studies(file, "mode=ro&immutable=1" if untouched else "mode=ro")
+    except OperationalError:
+        if not Path(f"{file}-journal").exists():
+            raise
+        return _sqlite_has_studies(file, "mode=ro&immutable=1")  # what a killed process has left is undone later
 
 
-def sqlite_for_looking(file: Path) -> str:
-    """The URL of a database that is read and not touched, nor are files made beside it.
-
-    Only where the file has a write-ahead log, whose content counts, is the database opened in the usual way to read.
-    """
-    log = Path(f"{file}-wal")
-    mode = "mode=ro" if log.exists() and log.stat().st_size else "mode=ro&immutable=1"
+def _sqlite_has_studies(file: Path, mode: str) -> bool:
     escaped = str(file).replace("%", "%25").replace("?", "%3f").replace("#", "%23")
-    return f"sqlite:///file:{escaped}?{mode}&uri=true"
+    check = "PRAGMA quick_check(1)" if file.stat().st_size < _CHECKED_BYTES else None
+    return studies_in(f"sqlite:///file:{escaped}?{mode}&uri=true", {"timeout": _BUSY_SECONDS}, 2 * _BUSY_SECONDS, check)
 
 
 def check_journal(file: Path) -> None:
@@ -154,7 +163,7 @@ def _fault_of_journal(file: Path) -> tuple[str, bool] | None:
 # ---------------------------------------------------------------------------------------------------------- databases
 
 
-def studies_in(url: str | URL, connect_args: dict[str, Any], seconds: float) -> bool:
+def studies_in(url: str | URL, connect_args: dict[str, Any], seconds: float, check: str | None = None) -> bool:
     """Whether a database has Optuna's tables, of whatever version; False where it has none, or not yet all.
 
     Raises:
@@ -162,7 +171,7 @@ def studies_in(url: str | URL, connect_args: dict[str, Any], seconds: float) -> 
             bring them up to date.
         Exception: what the driver raises where the database cannot be reached or read.
     """
-    tables, made_by, revision = within(seconds, lambda: _look(url, connect_args))
+    tables, made_by, revision = within(seconds, lambda: _look(url, connect_args, check))
     if _OPTUNAS - tables:
         if tables <= _all_of_optunas():
             return False  # none, or another process is making them
@@ -175,18 +184,22 @@ def studies_in(url: str | URL, connect_args: dict[str, Any], seconds: float) -> 
     if made_by in (None, _version()):
         return False  # another process is making them
     raise SearchError(
-        f"the studies were made by Optuna {made_by}, and {_version()} cannot read them. Make a copy, then bring them up "
-        "to date with `optuna storage upgrade --storage URL`; nothing was changed."
+        f"the studies were made by Optuna {made_by}, and {_version()} cannot read them. Make a copy, then bring them "
+        "up to date with `optuna storage upgrade --storage URL`; nothing was changed."
     )
 
 
-def _look(url: str | URL, connect_args: dict[str, Any]) -> tuple[set[str], str | None, str | None]:
+def _look(url: str | URL, connect_args: dict[str, Any], check: str | None) -> tuple[set[str], str | None, str | None]:
     """The tables of a database, the version of Optuna that has made it, and the revision of its tables."""
     from sqlalchemy import create_engine, inspect, text
+    from sqlalchemy.exc import DatabaseError
     from sqlalchemy.pool import NullPool
 
     engine = create_engine(url, poolclass=NullPool, connect_args=connect_args)
     with engine.connect() as connection:
+        fault = "ok" if check is None else connection.execute(text(check)).scalar()
+        if fault != "ok":
+            raise DatabaseError(check, None, ValueError(f"the database is damaged: {fault}"))
         tables = set(inspect(connection).get_table_names())
         made_by = revision = None
         if tables >= _OPTUNAS:

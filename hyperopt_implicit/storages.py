@@ -15,6 +15,7 @@ from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import finalize
 
 from hyperopt_implicit.errors import SearchError
 from hyperopt_implicit.messages import nearest
@@ -25,7 +26,6 @@ from hyperopt_implicit.storage_contents import (
     check_sqlite,
     is_local,
     reason,
-    sqlite_for_looking,
     studies_in,
     within,
 )
@@ -218,13 +218,15 @@ def _opened(url: URL, engine: dict[str, Any], complete: bool) -> RDBStorage:
 
     text = url.render_as_string(hide_password=False)
     with accepting_experimental():  # heartbeats
-        return RDBStorage(
+        kept = RDBStorage(
             re.sub(r"[{}]", r"\g<0>\g<0>", text),  # Optuna takes the URL for a template
             engine_kwargs=engine,
             heartbeat_interval=HEARTBEAT_SECONDS,
             grace_period=GRACE_SECONDS,
             skip_table_creation=complete,
         )
+    finalize(kept, kept.engine.dispose)
+    return kept
 
 
 def _with_driver(url: URL) -> URL:
@@ -274,11 +276,11 @@ def _open_sqlite(storage: str, url: URL, must_exist: bool) -> BaseStorage:
     file = Path(url.database).absolute()
     check_place(file, "an sqlite storage")
     url, engine = url.set(database=str(file)), {"connect_args": {"timeout": _LOCK_SECONDS}}
-    if not _is_complete(file):
+    if not (file.exists() and check_sqlite(file)):
         if must_exist:
             raise _missing(storage)
         with _alone(file):  # two that make the tables at once are in each other's way
-            _opened(url, engine, _is_complete(file)).engine.dispose()
+            _opened(url, engine, file.exists() and check_sqlite(file)).engine.dispose()
     kept = _opened(url, engine, complete=True)
     local = is_local(file)
 
@@ -293,13 +295,6 @@ def _open_sqlite(storage: str, url: URL, must_exist: bool) -> BaseStorage:
     event.listen(kept.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
     kept.engine.dispose()  # connections that were opened before
     return kept
-
-
-def _is_complete(file: Path) -> bool:
-    if not file.exists():
-        return False
-    check_sqlite(file)
-    return studies_in(sqlite_for_looking(file), {"timeout": _CONNECT_SECONDS}, 2 * _CONNECT_SECONDS)
 
 
 def _alone(file: Path) -> Any:

@@ -7,14 +7,21 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from hyperopt_implicit.trials import front
-from hyperopt_implicit.workers import visible_trials
+from hyperopt_implicit.workers import is_lost, visible_trials
 
 if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial
     from rich.table import Table
 
-_COLOURS = {"running": "cyan", "complete": "green", "pruned": "yellow", "failed": "red", "waiting": "dim"}
+_COLOURS = {
+    "running": "cyan",
+    "complete": "green",
+    "pruned": "yellow",
+    "failed": "red",
+    "lost": "magenta",
+    "waiting": "dim",
+}
 
 
 def trial_table(study: Study, most: int | None = None) -> Table:
@@ -54,7 +61,9 @@ def trial_table(study: Study, most: int | None = None) -> Table:
 
 
 def state_of(trial: FrozenTrial) -> str:
-    """``complete``, ``pruned``, ``failed``, ``running`` or ``waiting``."""
+    """``complete``, ``pruned``, ``failed``, ``lost`` (to be repeated), ``running`` or ``waiting``."""
+    if is_lost(trial):
+        return "lost"
     name = trial.state.name.lower()
     return "failed" if name == "fail" else name
 

@@ -81,7 +81,7 @@ def counted(study: Study) -> int:
         1
     """
     return sum(
-        each.state.is_finished() and not _is_lost(each) and not each.user_attrs.get(_SURPLUS)
+        each.state.is_finished() and not is_lost(each) and not each.user_attrs.get(_SURPLUS)
         for each in study.get_trials(deepcopy=False)
     )
 
@@ -104,7 +104,8 @@ def visible_trials(study: Study) -> list[FrozenTrial]:
     return [each for each in study.get_trials(deepcopy=False) if not each.user_attrs.get(_SURPLUS)]
 
 
-def _is_lost(trial: FrozenTrial) -> bool:
+def is_lost(trial: FrozenTrial) -> bool:
+    """Whether a trial was given up before its end, by a signal or with its worker, and does not count."""
     from optuna.trial import TrialState
 
     # the mark is set before the state; a worker that was taken for dead may have been faster
@@ -113,7 +114,7 @@ def _is_lost(trial: FrozenTrial) -> bool:
 
 def _places(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """The first trial of each place that is taken."""
-    abandoned = {origin(each) for each in trials if _is_lost(each) and each.user_attrs.get(_ABANDONED)}
+    abandoned = {origin(each) for each in trials if is_lost(each) and each.user_attrs.get(_ABANDONED)}
     return [
         each
         for each in trials
@@ -458,7 +459,7 @@ def _make_up(study: Study, trials: Sequence[FrozenTrial]) -> None:
     """Repeat what a worker has given up, and was killed before it could put it in the queue."""
     repeated = {_repeated(each) for each in trials}
     for each in trials:
-        if not _is_lost(each) or each.user_attrs.get(_ABANDONED) or each.number in repeated:
+        if not is_lost(each) or each.user_attrs.get(_ABANDONED) or each.number in repeated:
             continue
         if each.datetime_complete is not None and _age(each.datetime_complete) > _UNREPEATED:
             _repeat(study, each)

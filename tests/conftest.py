@@ -15,6 +15,7 @@ from filelock import FileLock
 
 if TYPE_CHECKING:
     from .commands import Command
+    from .postgres import Postgres
 
 
 @pytest.fixture
@@ -53,6 +54,15 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
             MlflowClient(tracking_uri=f"sqlite:///{made}").search_experiments()
             made.rename(database)
     return database
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL server; skips where there is none to be had."""
+    from .postgres import running
+
+    with running() as server:
+        yield server
 
 
 @pytest.fixture

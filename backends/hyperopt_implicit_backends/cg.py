@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
+import torch
 from pydantic import Field
+from torch import Tensor
 
 from hyperopt_implicit.backend import Card, State, Status
 from hyperopt_implicit.conjugate_gradients import conjugate_gradients
 from hyperopt_implicit.implicit import Solution, first_iterate
+from hyperopt_implicit.members_conjugate_gradients import first_iterates, members_conjugate_gradients
+from hyperopt_implicit.members_solver import MembersOperator, MembersSolution, SolveMembers, norms
 from hyperopt_implicit.operators import LinearOperator
 from hyperopt_implicit.preconditioner import PreconditionedBackend
 from hyperopt_implicit.vectors import Params, norm, precision
+
+if TYPE_CHECKING:
+    from hyperopt_implicit.problem import BilevelProblem
 
 
 @dataclass(frozen=True)
@@ -75,3 +83,28 @@ class ConjugateGradient(PreconditionedBackend):
         )
         carried = {"solution": found.solution} if self.warm_start and found.status is not Status.NON_FINITE else {}
         return Solution(found.solution, found.status, found.count, found.size / size, carried)
+
+    def members_solver(self, problems: Sequence[BilevelProblem]) -> SolveMembers | None:
+        return self._solve_members if self.preconditioner is None else None
+
+    def _solve_members(
+        self, operator: MembersOperator, vectors: Tensor, states: Sequence[State], alive: Sequence[bool]
+    ) -> MembersSolution:
+        sizes = norms(vectors)
+        last = states if self.warm_start else [{} for _ in states]
+        solution, residual, steepest = first_iterates(operator, vectors, last, alive)
+        found = members_conjugate_gradients(
+            operator,
+            vectors,
+            (solution, residual),
+            going=alive,
+            targets=[max(self.tolerance, torch.finfo(vectors.dtype).eps) * size for size in sizes],
+            iterations=self.max_iterations,
+            steepest=steepest,
+        )
+        carried: list[State] = [
+            {"solution": row} if self.warm_start and status is not Status.NON_FINITE else {}
+            for row, status in zip(found.solution.unbind(0), found.statuses, strict=True)
+        ]
+        residuals: list[float | None] = [x / size if size else 0.0 for x, size in zip(found.sizes, sizes, strict=True)]
+        return MembersSolution(found.solution, found.statuses, found.counts, residuals, carried)

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
+import torch
 from pydantic import Field
+from torch import Tensor
 
-from hyperopt_implicit.backend import Card, State
+from hyperopt_implicit.backend import Card, State, Status
 from hyperopt_implicit.conjugate_gradients import Iterations, conjugate_gradients
 from hyperopt_implicit.implicit import Solution
-from hyperopt_implicit.one_loop import Measured, measured
+from hyperopt_implicit.members_conjugate_gradients import members_conjugate_gradients
+from hyperopt_implicit.members_solver import (
+    MembersOperator,
+    MembersSolution,
+    SolveMembers,
+    carried,
+    chosen,
+    norms,
+    weights,
+)
+from hyperopt_implicit.one_loop import Measured, measured, members_measured
 from hyperopt_implicit.operators import LinearOperator
 from hyperopt_implicit.preconditioner import PreconditionedBackend
 from hyperopt_implicit.vectors import (
@@ -27,6 +40,9 @@ from hyperopt_implicit.vectors import (
     scale_,
     zeros_like,
 )
+
+if TYPE_CHECKING:
+    from hyperopt_implicit.problem import BilevelProblem
 
 _MARGIN = 1.05  # few conjugate gradients underestimate the largest eigenvalue by 2 to 4 %
 _SLACK = 0.2  # of the smallest: more momentum than on a system at rest, since the lag falls like its root
@@ -114,8 +130,8 @@ class HeavyBall(PreconditionedBackend):
         if seen.lost or seen.size > self.tolerance:
             return self._anew(operator, vector, state, diagonal, seen)
         u, d = _step(u, d, seen.residual, rate, momentum, diagonal)
-        carried = {**state, "solution": u, "displacement": d}
-        return Solution(seen.solution, seen.status, self.products, seen.size, carried)
+        going = {**state, "solution": u, "displacement": d}
+        return Solution(seen.solution, seen.status, self.products, seen.size, going)
 
     def _anew(
         self, operator: LinearOperator, vector: Params, state: State, diagonal: Params | None, seen: Measured | None
@@ -138,6 +154,78 @@ class HeavyBall(PreconditionedBackend):
         )
         return Solution(found.solution, found.status, found.count, found.size / size, begin(found, state))
 
+    def members_solver(self, problems: Sequence[BilevelProblem]) -> SolveMembers | None:
+        return self._solve_members if self.preconditioner is None else None
+
+    def _solve_members(
+        self, operator: MembersOperator, vectors: Tensor, states: Sequence[State], alive: Sequence[bool]
+    ) -> MembersSolution:
+        count = len(vectors)
+        known, u = carried(states, "solution", vectors)
+        sound = [math.isfinite(x) for x in norms(u)]
+        known = [k and s and here for k, s, here in zip(known, sound, alive, strict=True)]
+        moving, d = carried(states, "displacement", vectors)
+        moving = [k and m for k, m in zip(known, moving, strict=True)]
+        u, d = chosen(known, u), chosen(moving, d)
+        rates, momenta = [0.0] * count, [0.0] * count
+        for i, state in enumerate(states):
+            if moving[i]:
+                rates[i], momenta[i] = coefficients(state["smallest"], state["largest"], self.products)
+        rate, momentum = weights(rates, u), weights(momenta, u)
+        for _ in range(self.products - 1 if any(moving) else 0):
+            residual = vectors - chosen(moving, operator.multiply(u, moving))
+            d = torch.addcmul(d * momentum, residual, rate)
+            u = u + d
+        if any(known):
+            product = chosen(known, operator.multiply(u, known, mix=all(moving)))
+            seen = members_measured(u, product, vectors)
+            lost, sizes = [each.lost for each in seen], [each.size for each in seen]
+            statuses, residual = [each.status for each in seen], vectors - product
+        else:
+            lost, sizes = [True] * count, [1.0] * count
+            statuses, residual = [Status.TRUNCATED] * count, vectors
+        anew = [
+            here and not (m and not gone and not size > self.tolerance)
+            for here, m, gone, size in zip(alive, moving, lost, sizes, strict=True)
+        ]
+        d = torch.addcmul(d * momentum, residual, rate)
+        after = u + d
+        found_states: list[State] = [
+            {**state, "solution": row, "displacement": step} if m else {}
+            for state, row, step, m in zip(states, after.unbind(0), d.unbind(0), moving, strict=True)
+        ]
+        iterations, residuals = [self.products] * count, list[float | None](sizes)
+        if not any(anew):
+            return MembersSolution(u, statuses, iterations, residuals, found_states)
+        warm = [a and k and size < 1.0 for a, k, size in zip(anew, known, sizes, strict=True)]
+        starts, lengths, slopes = norms(vectors), norms(u), norms(vectors - residual)
+        found = members_conjugate_gradients(
+            operator,
+            vectors,
+            (chosen(warm, u), chosen(warm, residual, vectors)),
+            going=anew,
+            targets=[
+                max((_WARM if w and m else _COLD) * self.tolerance, torch.finfo(u.dtype).eps) * start
+                for w, m, start in zip(warm, moving, starts, strict=True)
+            ],
+            iterations=self.max_iterations,
+            steepest=[slope / x if w else 0.0 for slope, x, w in zip(slopes, lengths, warm, strict=True)],
+        )
+        for i in range(count):
+            if anew[i]:
+                statuses[i], iterations[i] = found.statuses[i], found.counts[i]
+                residuals[i] = found.sizes[i] / starts[i]
+                before = states[i] if moving[i] else {}
+                bounds = found.bounds(i)
+                found_states[i] = {}
+                if not statuses[i].failed and bounds[0] > 0.0:
+                    found_states[i] = {
+                        "solution": found.solution[i].clone(),
+                        "displacement": torch.zeros_like(found.solution[i]),
+                        **remembered(*bounds, before),
+                    }
+        return MembersSolution(chosen(anew, found.solution, u), statuses, iterations, residuals, found_states)
+
 
 def begin(found: Iterations, state: State) -> State:
     """What to carry after conjugate gradients; the bounds of before are remembered for a while."""
@@ -146,8 +234,15 @@ def begin(found: Iterations, state: State) -> State:
     return {
         "solution": clone(found.solution),
         "displacement": zeros_like(found.solution),
-        "smallest": min(found.smallest, state.get("smallest", math.inf) / _MEMORY),
-        "largest": max(found.largest, state.get("largest", 0.0) * _MEMORY),
+        **remembered(found.smallest, found.largest, state),
+    }
+
+
+def remembered(smallest: float, largest: float, state: State) -> State:
+    """Bounds on the eigenvalues, beside those of before."""
+    return {
+        "smallest": min(smallest, state.get("smallest", math.inf) / _MEMORY),
+        "largest": max(largest, state.get("largest", 0.0) * _MEMORY),
     }
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
+import torch
 from pydantic import Field
+from torch import Tensor
 
 from hyperopt_implicit.backend import Card, State, Status
 from hyperopt_implicit.errors import BackendError
 from hyperopt_implicit.implicit import ImplicitBackend, Solution, Solve
+from hyperopt_implicit.members_solver import MembersOperator, MembersSolution, SolveMembers, norms
 from hyperopt_implicit.operators import LinearOperator
 from hyperopt_implicit.vectors import Params, add, is_finite, norm
 
@@ -68,11 +73,7 @@ class Identity(ImplicitBackend):
     def solver(self, problem: BilevelProblem) -> Solve:
         if self.step_size != "lr":
             return self.solve
-        rates = {
-            name: float(group["lr"]) * (-1.0 if group.get("maximize") else 1.0)
-            for group, names in problem.parameter_groups
-            for name in names
-        }
+        rates = _rates(problem)
         return lambda operator, vector, state: self._scaled(operator, vector, state, rates)
 
     def solve(self, operator: LinearOperator, vector: Params, state: State, /) -> Solution:
@@ -92,3 +93,44 @@ class Identity(ImplicitBackend):
             if not is_finite(left):
                 status = Status.NON_FINITE
         return Solution(value, status, 1, residual, state)
+
+    def members_solver(self, problems: Sequence[BilevelProblem]) -> SolveMembers:
+        def solve(
+            operator: MembersOperator, vectors: Tensor, states: Sequence[State], alive: Sequence[bool]
+        ) -> MembersSolution:
+            return self._scaled_members(operator, vectors, states, alive, problems)
+
+        return solve
+
+    def _scaled_members(
+        self,
+        operator: MembersOperator,
+        vectors: Tensor,
+        states: Sequence[State],
+        alive: Sequence[bool],
+        problems: Sequence[BilevelProblem],
+    ) -> MembersSolution:
+        factors = []
+        for problem in problems:
+            rates = _rates(problem) if self.step_size == "lr" else dict.fromkeys(operator.columns, self.step_size)
+            factors.append([rates[name] / (1.0 + rates[name] * self.damping) for name in operator.columns])
+        factor = torch.tensor(factors, dtype=torch.float64).to(vectors.device, vectors.dtype)
+        counts = torch.tensor(list(operator.columns.values()), device=vectors.device)
+        value = vectors * factor.repeat_interleave(counts, dim=1)
+        statuses, residuals = [Status.TRUNCATED] * len(vectors), list[float | None]([None] * len(vectors))
+        if self.measure_residual:
+            left, sizes = norms(operator.multiply(value, alive) - vectors), norms(vectors)
+            for i in range(len(vectors)):
+                residuals[i] = left[i] / sizes[i] if sizes[i] else 0.0
+                if not math.isfinite(left[i]):
+                    statuses[i] = Status.NON_FINITE
+        return MembersSolution(value, statuses, [1] * len(vectors), residuals, list(states))
+
+
+def _rates(problem: BilevelProblem) -> dict[str, float]:
+    """The learning rate of each parameter, downwards."""
+    return {
+        name: float(group["lr"]) * (-1.0 if group.get("maximize") else 1.0)
+        for group, names in problem.parameter_groups
+        for name in names
+    }

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
+import torch
 from pydantic import Field
+from torch import Tensor
 
 from hyperopt_implicit.backend import Card, State, Status
 from hyperopt_implicit.implicit import ImplicitBackend, Solution
+from hyperopt_implicit.members_solver import (
+    MembersOperator,
+    MembersSolution,
+    SolveMembers,
+    chosen,
+    largest_eigenvalues,
+    norms,
+    weights,
+)
 from hyperopt_implicit.operators import LinearOperator
 from hyperopt_implicit.spectrum import largest_eigenvalue
 from hyperopt_implicit.vectors import Params, add_, clone, dot, norm, precision, zeros_like
+
+if TYPE_CHECKING:
+    from hyperopt_implicit.problem import BilevelProblem
 
 _ROUNDING = 1.0 + 1e-6  # growth of the residual that float32 rounding alone can cause
 
@@ -117,3 +132,56 @@ class Neumann(ImplicitBackend):
         if self.step_size == "auto":  # the largest eigenvalue was underestimated: shorten this residual the most
             return Status.TRUNCATED, curvature / squared
         return Status.DIVERGED, step_size
+
+    def members_solver(self, problems: Sequence[BilevelProblem]) -> SolveMembers:
+        return self._solve_members
+
+    def _solve_members(
+        self, operator: MembersOperator, vectors: Tensor, states: Sequence[State], alive: Sequence[bool]
+    ) -> MembersSolution:
+        count = len(vectors)
+        if self.step_size == "auto":
+            largest, states = largest_eigenvalues(operator, vectors, states, alive)
+            steps = [1.0 / x if x > 0.0 else 1.0 for x in largest]
+        else:
+            steps = [self.step_size] * count
+        solution, residual = torch.zeros_like(vectors), vectors
+        starts = norms(residual)
+        sizes = list(starts)
+        targets = [max(self.tolerance, torch.finfo(vectors.dtype).eps) * start for start in starts]
+        statuses, terms = [Status.TRUNCATED] * count, [0] * count
+        going = [here and size > target for here, size, target in zip(alive, sizes, targets, strict=True)]
+        for term in range(self.terms):
+            if not any(going):
+                break
+            if term == self.terms - 1 and not self.measure_residual:
+                steps = [step if g else 0.0 for step, g in zip(steps, going, strict=True)]
+                solution = torch.addcmul(solution, residual, weights(steps, residual))
+                terms = [t + g for t, g in zip(terms, going, strict=True)]
+                break
+            product = chosen(going, operator.multiply(residual, going))
+            shorter = torch.addcmul(residual, product, weights(steps, product), value=-1.0)
+            lengths = norms(shorter)
+            for i in range(count):
+                if going[i] and not lengths[i] < sizes[i]:  # see solve
+                    row, pulled = {"": residual[i]}, {"": product[i]}
+                    harmless = lengths[i] <= sizes[i] * _ROUNDING
+                    statuses[i], steps[i] = self._cause_of_growth(row, pulled, steps[i], harmless)
+                    if statuses[i] is Status.TRUNCATED:
+                        shorter[i] = residual[i] - steps[i] * product[i]
+                        lengths[i] = norms(shorter[i : i + 1])[0]
+                    else:
+                        going[i] = False
+            taken = [step if g else 0.0 for step, g in zip(steps, going, strict=True)]
+            solution = torch.addcmul(solution, residual, weights(taken, residual))
+            residual = chosen(going, shorter, residual)
+            for i in range(count):
+                if going[i]:
+                    sizes[i] = lengths[i]
+                    terms[i] += 1
+                    going[i] = sizes[i] > targets[i]
+        for i, status in enumerate(statuses):
+            if status is Status.TRUNCATED and sizes[i] <= targets[i]:
+                statuses[i] = Status.CONVERGED
+        residuals: list[float | None] = [s / start if start else 0.0 for s, start in zip(sizes, starts, strict=True)]
+        return MembersSolution(solution, statuses, terms, residuals, list(states))

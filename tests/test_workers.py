@@ -1,0 +1,529 @@
+"""Workers of one study: who runs which trial, whose worker is gone, and how many trials are left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.study import Study
+from optuna.trial import TrialState, create_trial
+
+from hyperopt_implicit import processes, workers
+from hyperopt_implicit.processes import identity, is_gone
+from hyperopt_implicit.storages import open_storage
+from hyperopt_implicit.workers import Heartbeat, claim, counted, give_back, origin, reclaim, visible_trials
+
+from .postgres import Postgres
+from .study_workers import assert_shared, at_once, hanging
+
+KNOBS = {
+    "lr": FloatDistribution(0.01, 1.0, log=True),
+    "layers": IntDistribution(1, 9, step=2),
+    "width": CategoricalDistribution([64, 128]),
+}
+
+KINDS = ["sqlite", "journal", "postgresql"]
+
+
+def url_of(kind: str, folder: Path, request: pytest.FixtureRequest) -> str:
+    if kind != "postgresql":
+        return f"{kind}:///{folder / 'studies'}"
+    server: Postgres = request.getfixturevalue("postgres")
+    return server.new_database()
+
+
+@pytest.fixture(params=KINDS)
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return url_of(request.param, tmp_path, request)
+
+
+@pytest.fixture(params=["memory", *KINDS])
+def study(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Study]:
+    storage = open_storage(None if request.param == "memory" else url_of(request.param, tmp_path, request))
+    yield optuna.create_study(storage=storage, study_name="shared", sampler=optuna.samplers.RandomSampler(seed=0))
+
+
+def run(study: Study, n_trials: int) -> list[int]:
+    ran = []
+    while (trial := claim(study, KNOBS, n_trials)) is not None:
+        with Heartbeat(study, trial):
+            ran.append(trial.number)
+            study.tell(trial, trial.params["lr"])
+    return ran
+
+
+def states(study: Study) -> list[TrialState]:
+    return [each.state for each in study.get_trials(deepcopy=False)]
+
+
+# --------------------------------------------------------------------------------------------------------- claiming
+
+
+def test_a_study_gets_as_many_trials_as_were_asked_for(study: Study) -> None:
+    assert run(study, 5) == [0, 1, 2, 3, 4]
+    assert counted(study) == 5
+    assert run(study, 5) == []
+    assert run(study, 7) == [5, 6]
+
+
+def test_a_claimed_trial_has_its_knobs_and_its_worker(study: Study) -> None:
+    trial = claim(study, KNOBS, 1)
+    assert trial is not None
+    kept = study.get_trials()[0]
+    assert kept.state is TrialState.RUNNING
+    assert kept.distributions == KNOBS
+    assert kept.params == trial.params
+    assert kept.user_attrs == {"worker": identity()}
+
+
+def test_a_claimed_trial_draws_what_ask_would_draw() -> None:
+    asked, claimed = (optuna.create_study(sampler=optuna.samplers.TPESampler(seed=3)) for _ in range(2))
+    for _ in range(15):
+        one, other = asked.ask(KNOBS), claim(claimed, KNOBS, 15)
+        assert other is not None and other.params == one.params
+        for study, trial in ((asked, one), (claimed, other)):
+            study.tell(trial, trial.params["lr"])
+
+
+def test_the_sampler_sees_the_trials_that_were_claimed_just_before() -> None:
+    seen = []
+
+    class Sampler(optuna.samplers.RandomSampler):
+        def sample_independent(self, study: Any, *args: Any) -> Any:
+            seen.append(len(study._get_trials(deepcopy=False, use_cache=True)))
+            return super().sample_independent(study, *args)
+
+    study = optuna.create_study(sampler=Sampler())
+    for _ in range(3):
+        claim(study, {"lr": KNOBS["lr"]}, 3)
+    assert seen == [1, 2, 3]
+
+
+def test_running_trials_count_for_those_who_claim(study: Study) -> None:
+    assert claim(study, KNOBS, 2) is not None
+    assert claim(study, KNOBS, 2) is not None
+    assert claim(study, KNOBS, 2) is None
+    assert counted(study) == 0
+
+
+def test_failed_and_pruned_trials_count(study: Study) -> None:
+    for state in (TrialState.FAIL, TrialState.PRUNED):
+        trial = claim(study, KNOBS, 3)
+        assert trial is not None
+        study.tell(trial, state=state)
+    assert counted(study) == 2
+    assert run(study, 3) == [2]
+
+
+def test_two_workers_share_a_study(url: str, tmp_path: Path) -> None:
+    ran = at_once(url, 40, tmp_path)
+    assert_shared(open_storage(url), ran, 40)
+    assert min(map(len, ran)) > 0
+
+
+def test_two_workers_run_no_waiting_trial_twice(url: str, tmp_path: Path) -> None:
+    study = optuna.create_study(storage=open_storage(url), study_name="shared")
+    for number in range(40):
+        study.enqueue_trial({"lr": 0.01 + number / 100, "width": 64})
+    ran = at_once(url, 40, tmp_path)
+    assert_shared(open_storage(url), ran, 40)
+    assert sorted(each.params["lr"] for each in study.trials) == [0.01 + number / 100 for number in range(40)]
+
+
+def begun_by_another(study: Study) -> Callable[[], None]:
+    """Begin a trial the moment before this process does."""
+    storage = study._storage
+    create = storage.create_new_trial
+
+    def create_second(*args: Any, **options: Any) -> int:
+        storage.create_new_trial = create  # type: ignore[method-assign]
+        create(study._study_id)
+        return create(*args, **options)
+
+    def arm() -> None:
+        storage.create_new_trial = create_second  # type: ignore[method-assign]
+
+    return arm
+
+
+def test_the_second_of_two_that_take_the_last_place_gives_it_back(study: Study) -> None:
+    claim(study, KNOBS, 2)
+    begun_by_another(study)()
+    assert claim(study, KNOBS, 2) is None
+    assert states(study) == [TrialState.RUNNING, TrialState.RUNNING, TrialState.FAIL]
+    surplus = study.get_trials()[2]
+    assert surplus.user_attrs["surplus"]
+    assert [each.number for each in visible_trials(study)] == [0, 1]
+    study.tell(0, 1.0)
+    study.tell(1, 1.0)
+    assert counted(study) == 2
+
+
+def test_a_surplus_trial_costs_no_place(study: Study) -> None:
+    claim(study, KNOBS, 2)
+    begun_by_another(study)()
+    claim(study, KNOBS, 2)
+    assert run(study, 5) == [3, 4, 5]
+
+
+def test_what_waits_in_a_queue_beyond_the_last_place_stays_there(study: Study) -> None:
+    for number in range(4):
+        study.enqueue_trial({"lr": (number + 1) / 10})
+    assert run(study, 2) == [0, 1]
+    assert states(study)[2:] == [TrialState.WAITING] * 2
+    assert run(study, 4) == [2, 3]
+    assert [each.params["lr"] for each in study.trials] == [0.1, 0.2, 0.3, 0.4]
+
+
+def test_a_surplus_trial_from_the_queue_goes_back_into_it(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(study, 2)
+    study.enqueue_trial({"lr": 0.25})
+    place = workers._has_place
+    answers = iter([True])  # what somebody sees who has looked too early
+    monkeypatch.setattr(workers, "_has_place", lambda *args: next(answers, None) or place(*args))
+    assert claim(study, KNOBS, 2) is None
+    assert states(study)[2:] == [TrialState.FAIL, TrialState.WAITING]
+    assert run(study, 3) == [3]
+    assert study.trials[3].params["lr"] == 0.25
+
+
+# ------------------------------------------------------------------------------------------------ giving trials back
+
+
+def test_an_interrupted_trial_is_repeated_with_its_knobs(study: Study) -> None:
+    claimed = claim(study, KNOBS, 1)
+    assert claimed is not None
+    give_back(study, claimed)
+    first = study.trials[0]
+    assert first.state is TrialState.FAIL and first.user_attrs["failure"] == "interrupted"
+    assert counted(study) == 0
+    again = claim(study, KNOBS, 1)
+    assert again is not None
+    assert again.number == 1 and origin(again) == 0
+    assert again.params == claimed.params
+    study.tell(again, 1.0)
+    second = study.trials[1]
+    assert second.params == first.params and second.distributions == KNOBS
+    assert second.user_attrs["retry_of"] == 0
+    assert counted(study) == 1
+    assert run(study, 1) == []
+
+
+def test_optuna_knows_what_repeats_what(study: Study) -> None:
+    for _ in range(3):
+        claimed = claim(study, KNOBS, 1)
+        assert claimed is not None
+        give_back(study, claimed)
+    with pytest.warns(optuna.exceptions.ExperimentalWarning):
+        assert RetryHeartbeatStaleTrialCallback.retried_trial_number(study.trials[2]) == 0
+        assert RetryHeartbeatStaleTrialCallback.retry_history(study.trials[2]) == [0, 1]
+    assert origin(study.trials[3]) == 0
+
+
+def test_a_trial_that_is_not_to_be_repeated_leaves_its_place(study: Study) -> None:
+    claimed = claim(study, KNOBS, 2)
+    assert claimed is not None
+    give_back(study, claimed, reason="ValueError: of somebody", again=False)
+    assert states(study) == [TrialState.FAIL]
+    assert study.trials[0].user_attrs["failure"] == "ValueError: of somebody"
+    assert run(study, 2) == [1, 2]
+    assert counted(study) == 2
+
+
+def test_a_repeated_trial_that_is_given_up_leaves_its_place(study: Study) -> None:
+    for again in (True, False):
+        claimed = claim(study, KNOBS, 1)
+        assert claimed is not None
+        give_back(study, claimed, again=again)
+    assert run(study, 1) == [2]
+    assert counted(study) == 1
+
+
+def test_a_trial_that_has_ended_is_not_given_back(study: Study) -> None:
+    claimed = claim(study, KNOBS, 1)
+    assert claimed is not None
+    study.tell(claimed, 1.0)
+    give_back(study, claimed)
+    assert states(study) == [TrialState.COMPLETE]
+    assert counted(study) == 1
+
+
+def test_a_trial_whose_sampler_fails_leaves_its_place() -> None:
+    class Sampler(optuna.samplers.RandomSampler):
+        def sample_independent(self, *args: Any) -> Any:
+            raise RuntimeError("no idea")
+
+    study = optuna.create_study(sampler=Sampler())
+    with pytest.raises(RuntimeError, match="no idea"):
+        claim(study, KNOBS, 1)
+    study.sampler = optuna.samplers.RandomSampler()
+    assert run(study, 1) == [1]
+
+
+def test_knobs_that_somebody_has_chosen_are_kept_when_a_trial_is_repeated(study: Study) -> None:
+    study.enqueue_trial({"lr": 0.125, "width": 128})
+    claimed = claim(study, {}, 1)  # interrupted before any knob was drawn
+    assert claimed is not None
+    give_back(study, claimed)
+    again = claim(study, KNOBS, 1)
+    assert again is not None
+    assert (again.params["lr"], again.params["width"]) == (0.125, 128)
+
+
+# ------------------------------------------------------------------------------------------------- whose worker is gone
+
+
+def test_a_killed_worker_s_trial_is_repeated_at_once(url: str, tmp_path: Path) -> None:
+    storage = open_storage(url)
+    study = optuna.create_study(storage=storage, study_name="shared")
+    with hanging(url, tmp_path) as (process, number):
+        assert reclaim(study) == []
+        process.send_signal(signal.SIGKILL)
+        while not is_gone(study.trials[number].user_attrs["worker"]):  # the signal is on its way
+            time.sleep(0.01)
+        assert reclaim(study) == [number]
+        assert reclaim(study) == []
+    lost = study.trials[number]
+    assert lost.state is TrialState.FAIL
+    assert lost.user_attrs["failure"] == "its worker was killed"
+    assert lost.user_attrs["lost"] is True
+    again = claim(study, {}, 10)
+    assert again is not None
+    assert again.params == lost.params
+    assert origin(again) == number
+
+
+def test_to_claim_is_to_reclaim(url: str, tmp_path: Path) -> None:
+    study = optuna.create_study(storage=open_storage(url), study_name="shared")
+    with hanging(url, tmp_path, n_trials=1) as (process, number):
+        assert claim(study, {}, 1) is None
+        process.kill()
+        process.wait()
+        again = claim(study, {}, 1)
+    assert again is not None and origin(again) == number
+
+
+def test_two_workers_reclaim_a_trial_once(url: str, tmp_path: Path) -> None:
+    with hanging(url, tmp_path, n_trials=20) as (process, _):
+        process.kill()
+        process.wait()
+    ran = at_once(url, 20, tmp_path)
+    study = optuna.load_study(storage=open_storage(url), study_name="shared")
+    complete = [each for each in study.trials if each.state is TrialState.COMPLETE]
+    assert len(complete) == counted(study) == 20
+    assert sorted(number for each in ran for number in each) == [each.number for each in complete]
+    assert [origin(each) for each in complete if origin(each) != each.number] == [0]
+
+
+def dead() -> dict[str, Any]:
+    """A process that has ended."""
+    process = subprocess.Popen(["true"])
+    gone = {**identity(), "pid": process.pid, "started": -1.0}
+    process.wait()
+    return gone
+
+
+def add_running(study: Study, worker: dict[str, Any] | None) -> int:
+    attributes = {} if worker is None else {"worker": worker}
+    study.add_trial(create_trial(state=TrialState.RUNNING, user_attrs=attributes, params={}, distributions={}))
+    return study.get_trials(deepcopy=False)[-1].number
+
+
+def test_a_pid_that_is_used_again_is_another_process(study: Study) -> None:
+    add_running(study, identity())
+    number = add_running(study, {**identity(), "started": identity()["started"] - 1})
+    assert reclaim(study) == [number]
+
+
+def test_a_process_that_has_ended_and_was_not_waited_for_is_gone() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "print(1)"], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    mark = {**identity(), "pid": process.pid, "started": None}
+    process.stdout.read()
+    while not is_gone(mark):
+        time.sleep(0.01)
+    assert process.poll() == 0
+
+
+@pytest.mark.parametrize("name", ["host", "machine", "namespace"])
+def test_of_processes_elsewhere_nothing_is_known(name: str) -> None:
+    assert is_gone(dead())
+    assert not is_gone({**dead(), name: "another"})
+
+
+def test_a_machine_that_was_started_anew_has_none_of_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = {**processes._surroundings(), "machine": "abc"}
+    monkeypatch.setattr(processes, "_surroundings", lambda: here)
+    assert not is_gone(identity())
+    assert is_gone({**identity(), "boot": "before"})
+    here["machine"] = None  # a namesake can be on another machine
+    assert not is_gone({**identity(), "boot": "before"})
+
+
+def test_without_proc_a_process_is_known_by_its_pid(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "Path", lambda path: Path("/nowhere", path.lstrip("/")))
+    assert not is_gone(identity())
+    assert is_gone(dead())
+    monkeypatch.setattr(processes, "find_spec", lambda name: None)
+    assert identity()["started"] is None
+    assert not is_gone(identity())
+    assert is_gone({**dead(), "started": None})
+
+
+def short_heartbeats(url: str) -> BaseStorage:
+    with pytest.warns(optuna.exceptions.ExperimentalWarning):
+        return RDBStorage(url, heartbeat_interval=1, grace_period=2)
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_a_worker_on_another_host_is_gone_when_its_heart_stops(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = url_of(kind, tmp_path, request)
+    open_storage(url)
+    storage = short_heartbeats(url)
+    study = optuna.create_study(storage=storage, study_name="shared")
+    monkeypatch.setattr(workers, "identity", lambda: {**dead(), "host": "elsewhere"})
+    alive, stopped = claim(study, KNOBS, 3), claim(study, KNOBS, 3)
+    assert alive is not None and stopped is not None
+    monkeypatch.undo()
+    with Heartbeat(study, alive):
+        assert reclaim(study) == []
+        until = time.monotonic() + 60
+        given_up: list[int] = []
+        while not given_up and time.monotonic() < until:
+            time.sleep(0.2)
+            given_up = reclaim(study)
+        assert given_up == [stopped.number]
+        time.sleep(2.5)
+        assert reclaim(study) == []
+    study.tell(alive, 1.0)
+    assert study.trials[stopped.number].user_attrs["failure"] == "its worker was killed"
+    again = claim(study, {}, 3)
+    assert again is not None and again.params == stopped.params
+    storage.engine.dispose()  # type: ignore[attr-defined]
+
+
+def test_databases_have_heartbeats(tmp_path: Path) -> None:
+    storage = open_storage(f"sqlite:///{tmp_path / 'studies.db'}")
+    assert isinstance(storage, RDBStorage)
+    assert storage.get_heartbeat_interval() is not None
+    study = optuna.create_study(storage=storage)
+    claim(study, KNOBS, 1)
+    with storage.engine.connect() as connection:
+        assert connection.exec_driver_sql("SELECT count(*) FROM trial_heartbeats").scalar() == 1
+
+
+def test_a_heart_beats_on_where_the_database_is_away_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    study = optuna.create_study()
+    trial = claim(study, KNOBS, 1)
+    assert trial is not None
+    beats = []
+
+    def beat(*args: Any) -> None:
+        beats.append(len(beats))
+        if len(beats) < 3:
+            raise ConnectionError("away")
+
+    monkeypatch.setattr(workers, "_interval", lambda study: 0.01)
+    monkeypatch.setattr(workers, "_beat", beat)
+    with Heartbeat(study, trial):
+        until = time.monotonic() + 60
+        while len(beats) < 4 and time.monotonic() < until:
+            time.sleep(0.01)
+    assert len(beats) >= 4
+    at_the_end = len(beats)
+    time.sleep(0.1)
+    assert len(beats) == at_the_end
+
+
+def test_a_trial_that_never_got_its_mark_is_given_up_after_a_while(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = add_running(study, None)
+    assert reclaim(study) == []
+    monkeypatch.setattr(workers, "_UNMARKED", workers._UNMARKED * 0)
+    assert reclaim(study) == [number]
+
+
+def test_a_trial_that_kills_its_workers_counts_as_failed_in_the_end(study: Study) -> None:
+    add_running(study, dead())
+    for number in range(workers.MAX_RETRIES):
+        assert reclaim(study) == [number]
+        trial = claim(study, {}, 1)
+        assert trial is not None
+        trial.set_user_attr("worker", dead())
+    assert reclaim(study) == [workers.MAX_RETRIES]
+    last = study.trials[-1]
+    assert last.number == workers.MAX_RETRIES
+    assert last.user_attrs["failure"] == "its worker was killed, 4 times"
+    assert counted(study) == 1
+    assert claim(study, {}, 1) is None
+
+
+def test_interruptions_are_no_kills(study: Study) -> None:
+    for _ in range(2 * workers.MAX_RETRIES):
+        trial = claim(study, {}, 1)
+        assert trial is not None
+        give_back(study, trial)
+    trial = claim(study, {}, 1)
+    assert trial is not None
+    trial.set_user_attr("worker", dead())
+    reclaim(study)
+    assert claim(study, {}, 1) is not None
+
+
+def test_what_a_killed_worker_had_not_put_in_the_queue_is_put_there(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = claim(study, KNOBS, 1)
+    assert trial is not None
+    with monkeypatch.context() as patched:
+        patched.setattr(workers, "_repeat", lambda *args: None)
+        give_back(study, trial)
+    assert claim(study, KNOBS, 1) is None  # it may be on its way
+    monkeypatch.setattr(workers, "_UNREPEATED", workers._UNREPEATED * 0)
+    again = claim(study, KNOBS, 1)
+    assert again is not None and again.params == trial.params
+
+
+def test_a_trial_that_was_put_in_the_queue_twice_is_repeated_once(study: Study) -> None:
+    trial = claim(study, KNOBS, 2)
+    assert trial is not None
+    give_back(study, trial)
+    workers._repeat(study, study.trials[0])
+    assert run(study, 2) == [1, 3]
+    assert counted(study) == 2
+    assert study.trials[2].user_attrs["surplus"]
+
+
+def test_a_worker_that_was_taken_for_dead_keeps_what_it_has_told(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = claim(study, KNOBS, 1)
+    assert trial is not None
+    end = workers._end
+
+    def told_before(*args: Any) -> bool:
+        study.tell(trial, 1.0)
+        return end(*args)
+
+    monkeypatch.setattr(workers, "_end", told_before)
+    monkeypatch.setattr(workers, "is_gone", lambda worker: True)
+    assert reclaim(study) == []
+    assert states(study) == [TrialState.COMPLETE]
+    assert counted(study) == 1
+    assert claim(study, KNOBS, 1) is None
+
+
+def test_a_mark_fits_into_a_database() -> None:
+    assert len(str(identity())) < 1000
+    assert identity()["pid"] == os.getpid()
