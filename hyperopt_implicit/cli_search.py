@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -69,6 +68,7 @@ Storage = Annotated[
 
 
 def search_command(
+    context: typer.Context,
     file: File,
     problem: Problem = None,
     backend: BackendName = "neumann",
@@ -119,12 +119,12 @@ def search_command(
     name = study or f"search-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
     if workers < 1:
         raise CommandError(f"--workers must be a whole number of at least 1; got {workers}.")
-    with _resumable(name):
+    with _resumable(context, name):
         if workers > 1:
             KnobSpace.of(builder, spec).check()  # what no worker could do is said once
             open_storage(storage)
             with _live(name, storage):
-                link = run_workers(_command(name, workers=1), workers)
+                link = run_workers(_command(context, name, workers=1), workers)
             _print_best(open_study(name, storage))
             if link is not None:
                 out.print(link, soft_wrap=True, highlight=False)
@@ -204,20 +204,33 @@ def _whole_number(text: str) -> int:
     return int(text)
 
 
-def _command(name: str, workers: int | None = None) -> list[str]:
-    """The present command with the study's name; options given twice are read by their last."""
-    given = sys.argv[1:]
-    named = [] if any(each.split("=")[0] == "--study" for each in given) else ["--study", name]
-    return [*given, *named, *(() if workers is None else ("--workers", str(workers)))]
+def _command(context: typer.Context, name: str, **instead: object) -> list[str]:
+    """The present command as a list of words, with the study's name; options may be replaced by name."""
+    words = ["search"]
+    given = {"study": name, **instead}
+    for each in context.command.params:
+        source = context.get_parameter_source(str(each.name))
+        if each.name in given or source is None or source.name != "COMMANDLINE":
+            continue
+        value = context.params[str(each.name)]
+        if each.param_type_name == "argument":
+            words.append(str(value))
+        elif getattr(each, "is_flag", False):
+            words.append(each.opts[0])
+        else:
+            values = value if isinstance(value, list | tuple) else [value]
+            words += [word for x in values for word in (each.opts[0], str(x))]
+    return [*words, *(word for option, x in given.items() for word in (f"--{option}", str(x)))]
 
 
 @contextmanager
-def _resumable(name: str) -> Iterator[None]:
+def _resumable(context: typer.Context, name: str) -> Iterator[None]:
     """On Ctrl-C, print the command that goes on and exit with the code for it."""
     try:
         yield
     except KeyboardInterrupt:
-        command = shlex.join(["hyperopt-implicit", *_command(name)])
+        words = [word if word != context.params["storage"] else shown(word) for word in _command(context, name)]
+        command = shlex.join(["hyperopt-implicit", *words])
         out.print(f"interrupted; go on with\n  {escape(command)}", soft_wrap=True, highlight=False)
         raise typer.Exit(130) from None
 

@@ -44,6 +44,9 @@ class _Worker:
     def end(self) -> int:
         for each in self._threads:
             each.join()
+        for stream in (self.process.stdout, self.process.stderr):
+            if stream is not None:
+                stream.close()
         return self.process.wait()
 
     def _keep(self, stream: IO[str]) -> None:
@@ -82,6 +85,7 @@ def run_workers(command: Sequence[str], count: int) -> str | None:
         except BaseException:
             for each in workers:
                 each.process.kill()
+                each.end()
             raise
         codes = [each.end() for each in workers]
     if interrupt.requested:

@@ -7,13 +7,22 @@ differentiated in ``members_curvature.py``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions.transforms import (
+    CatTransform,
+    ComposeTransform,
+    IndependentTransform,
+    StackTransform,
+    Transform,
+)
 
 from hyperopt_implicit.errors import HyperoptError
+from hyperopt_implicit.hyperparameters import Declaration, Value
 from hyperopt_implicit.members_batches import Part
 from hyperopt_implicit.problem import BilevelProblem, evaluating
 from hyperopt_implicit.vectors import Params
@@ -87,9 +96,22 @@ class Members:
     @torch.no_grad()
     def values(self) -> Params:
         """The constrained hyperparameters of all members; without those that are modules."""
-        hyperparameters = self.problems[0].hyperparameters
-        declared = hyperparameters.declarations
-        return {name: torch.vmap(declared[name].transform)(x) for name, x in self.hparams.items() if name in declared}
+        return {name: vectorised(each.transform)(self.hparams[name]) for name, each in self._declared().items()}
+
+    @torch.no_grad()
+    def inside(self) -> list[bool]:
+        """For each member, whether all values are finite, and none was rounded onto the edge of its constraint."""
+        values = self.values()
+        back = [vectorised(each.transform.inv)(values[name]) for name, each in self._declared().items()]
+        held = [x for name, x in self._frozen.items() if name.startswith("hyperparameters.") and self._dims[name] == 0]
+        tensors = [x for x in (*self.hparams.values(), *held, *values.values(), *back) if x.numel()]
+        largest = torch.stack([torch.linalg.vector_norm(x.reshape(len(self), -1), math.inf, dim=1) for x in tensors])
+        found: list[bool] = largest.isfinite().all(0).tolist()
+        return found
+
+    def _declared(self) -> dict[str, Declaration]:
+        declared = self.problems[0].hyperparameters.declarations
+        return {name: declared[name] for name in self.hparams if name in declared}
 
     # -------------------------------------------------------------------------------------------------------- losses
 
@@ -137,14 +159,13 @@ class Members:
     def _part(self, role: str, tensors: Params, buffers: Params, values: Params, part: Part, randomness: str) -> Tensor:
         template = self.problems[0]
         names, held, known = list(tensors), list(buffers), list(values)
+        networks = dict(template.hyperparameters.named_children())
 
         def one(own: list[Tensor], moving: list[Tensor], constrained: list[Tensor], given: list[Tensor]) -> Tensor:
             state = dict(zip(held, moving, strict=True))
-            complete: dict[str, Any] | None = dict(zip(known, constrained, strict=True))
-            for name in template.hyperparameters.names("loss") if complete else ():
-                complete.setdefault(name, getattr(template.hyperparameters, name))
+            ready: dict[str, Value] = {**networks, **dict(zip(known, constrained, strict=True))}
             loss, left = template.evaluate_with(
-                role, dict(zip(names, own, strict=True)), state, part.make(given), complete or None
+                role, dict(zip(names, own, strict=True)), state, part.make(given), ready if known else None
             )
             if any(left[name] is not state[name] for name in state):
                 raise UnvectorisableError("a module puts another tensor in the place of a buffer.")
@@ -159,6 +180,13 @@ class Members:
 def _dims(dims: tuple[list[Any], ...]) -> tuple[Any, ...]:
     """In the form of torch.vmap, which takes None for an empty list."""
     return tuple(each if each else None for each in dims)
+
+
+def vectorised(function: Transform) -> Callable[[Tensor], Tensor]:
+    """A map between constrained and unconstrained values, for a stack of them."""
+    if type(function) in (IndependentTransform, CatTransform, StackTransform, ComposeTransform):
+        return torch.vmap(function)
+    return function  # those of torch take any number of leading axes
 
 
 def _tensors(problems: Sequence[BilevelProblem]) -> dict[str, tuple[list[Tensor], bool]]:
@@ -176,7 +204,7 @@ def _tensors(problems: Sequence[BilevelProblem]) -> dict[str, tuple[list[Tensor]
 @torch.no_grad()
 def point(tensors: Rows, stack: Tensor) -> None:
     """Make each of the tensors a slice of the stack."""
-    for tensor, row in zip(tensors, stack.detach().unbind(0), strict=True):
+    for tensor, row in zip(tensors, stack.unbind(0), strict=True):
         tensor.data = row
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hyperopt_implicit.data import bytes_of
 from hyperopt_implicit.hyperparameters import Value
@@ -25,7 +25,7 @@ from hyperopt_implicit.vectors import Params
 
 
 class MembersSnapshot:
-    """A copy of parameters, buffers and the inner optimizers' state of all members, and the way back for some of them."""
+    """A copy of parameters, buffers and optimizer states of all members, and the way back for some of them."""
 
     def __init__(self, members: Members, optimizer: MembersOptimizer) -> None:
         self._members, self._optimizer = members, optimizer
@@ -34,18 +34,38 @@ class MembersSnapshot:
         self._kept: Any = None
 
     @torch.no_grad()
-    def take(self) -> None:
-        """Copy the present state, over the last one."""
+    def take(self, members: Sequence[int] | None = None) -> None:
+        """Copy the present state, over the last one; of some members where they are named."""
         if self._own is not None:
-            for each in self._own:
-                each.take()
+            for i in range(len(self._own)) if members is None else members:
+                self._own[i].take()
             return
         live = self._live()
+        if members is not None and self._stacks:
+            for stack, x in zip(self._stacks, live, strict=True):
+                stack[members] = x[members]
+            self._kept = self._optimizer.merged(self._kept, members)
+            return
         if len(self._stacks) != len(live):
             self._stacks = [x.clone() for x in live]
         else:
             torch._foreach_copy_(self._stacks, live)
         self._kept = self._optimizer.copy()
+
+    @torch.no_grad()
+    def kept(self, members: Members, optimizer: MembersOptimizer, rest: Sequence[int]) -> MembersSnapshot:
+        """The same for those members who are left, in their new stacks."""
+        found = MembersSnapshot(members, optimizer)
+        if self._own is not None:
+            found._own = [self._own[i] for i in rest]
+            return found
+        found._stacks = [x[list(rest)] for x in self._stacks]
+        found._kept = self._optimizer.picked(self._kept, rest)
+        return found
+
+    def of(self, member: int) -> Snapshot:
+        """The part of one member; it is taken with the others."""
+        return _Part(self, member)
 
     @torch.no_grad()
     def restore(self, members: Sequence[int]) -> None:
@@ -61,6 +81,19 @@ class MembersSnapshot:
 
     def _live(self) -> list[Tensor]:
         return [x.detach() for x in (*self._members.params.values(), *self._members.buffers.values())]
+
+
+class _Part(Snapshot):
+    """What a snapshot of many holds of one."""
+
+    def __init__(self, whole: MembersSnapshot, member: int) -> None:
+        self._whole, self._member = whole, member
+
+    def take(self) -> None:
+        """Nothing: the whole is taken at once."""
+
+    def restore(self) -> None:
+        self._whole.restore([self._member])
 
 
 class MembersTraining:
@@ -146,7 +179,3 @@ class MembersTraining:
         self._optimizer.adopt(member)
         return losses
 
-
-def tensors_of(values: dict[str, Value]) -> Params:
-    """Those hyperparameters that are tensors."""
-    return {name: x for name, x in values.items() if not isinstance(x, nn.Module)}

@@ -22,6 +22,8 @@ Found = dict[str, Tensor | None]
 
 Coefficient = float | Tensor
 
+_FLAGS = ("nesterov", "maximize", "amsgrad", "decoupled_weight_decay")
+
 
 class MembersOptimizer(ABC):
     """The optimizers of all members, one each.
@@ -60,6 +62,14 @@ class MembersOptimizer(ABC):
 
     def put_back(self, copy: Any, members: Sequence[int]) -> None:  # noqa: B027
         """What some members kept when :meth:`copy` was called."""
+
+    def picked(self, copy: Any, members: Sequence[int]) -> Any:
+        """The part of a copy that belongs to some members."""
+        return copy
+
+    def merged(self, copy: Any, members: Sequence[int]) -> Any:
+        """A copy that is new for some members, and as it was for the others."""
+        return copy
 
     def free(self, member: int) -> None:
         """Give a member that leaves memory of its own."""
@@ -110,7 +120,7 @@ class _Vectorised(MembersOptimizer):
         """What each member's own optimizer keeps of a parameter."""
         i = self._index[name]
         return [
-            optimizer.state[params[i]] if params[i] in optimizer.state else {}
+            optimizer.state.get(params[i], {})
             for optimizer, params in zip(self._optimizers, self._owned, strict=True)
         ]
 
@@ -173,6 +183,26 @@ class _Vectorised(MembersOptimizer):
                         stack[i].copy_(before[name][key][i])
                     else:
                         stack[i].zero_()
+
+    @torch.no_grad()
+    def picked(self, copy: Any, members: Sequence[int]) -> Any:
+        kept, blank = copy
+        rows = list(members)
+        return (
+            {name: {key: x[rows] for key, x in each.items()} for name, each in kept.items()},
+            {name: [each[i] for i in rows] for name, each in blank.items()},
+        )
+
+    @torch.no_grad()
+    def merged(self, copy: Any, members: Sequence[int]) -> Any:
+        kept, blank = self.copy()
+        before, was_blank = copy
+        for name, each in kept.items():
+            for i in set(range(len(self._optimizers))) - set(members):
+                blank[name][i] = was_blank[name][i] if name in was_blank else True
+                for key, x in each.items():
+                    x[i] = before[name][key][i] if name in before else 0.0
+        return kept, blank
 
     def _coefficient(self, group: int, key: str, of: Callable[[dict[str, Any]], float]) -> Coefficient:
         """A number of the options: one for all members where they have the same, or a tensor of one for each."""
@@ -287,8 +317,13 @@ def members_optimizer(
     found = kinds.get(type(optimizers[0]), OwnOptimizers)
     groups = optimizers[0].param_groups
     special = ("amsgrad", "capturable", "differentiable", "fused")
+    kinds_of_member = [
+        (type(each), [[group.get(key) for key in _FLAGS] + [bool(group.get("momentum"))] for group in each.param_groups])
+        for each in optimizers
+    ]
     if (
-        any(group.get(key) for group in groups for key in special)
+        any(each != kinds_of_member[0] for each in kinds_of_member)
+        or any(group.get(key) for group in groups for key in special)
         or any(x.is_complex() for x in stacks.values())
         or any(each._optimizer_step_pre_hooks or each._optimizer_step_post_hooks for each in optimizers)
     ):

@@ -11,7 +11,6 @@ import warnings
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +58,7 @@ class OuterLoop:
             for name, value in self.problem.hyperparameters().items()
         }
 
-    def warm_up(self, steps: int, before: Snapshot | None) -> None:
+    def warm_up(self, steps: int, before: Snapshot) -> None:
         self._plain.take(steps, self.values(), before)
 
     def train(self, values: dict[str, Value], before: Snapshot | None) -> list[float]:
@@ -120,16 +119,6 @@ class Taken:
     sound: bool
 
 
-class Keeps(Protocol):
-    """A copy of the state of training, and the way back to it."""
-
-    def take(self) -> None:
-        """Copy the present state."""
-
-    def restore(self) -> None:
-        """Put it back."""
-
-
 @dataclass
 class Run:
     """The bookkeeping around the loop: records, the best so far, failures, and when to stop.
@@ -167,7 +156,7 @@ class Run:
         self._failures_in_a_row = 0
         self._failed = 0
         self._note: str | None = None
-        self.good: Keeps = Snapshot(problem)
+        self.good = Snapshot(problem)
         self.good.take()
         self.is_good = True
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from optuna.study import Study
 from optuna.trial import TrialState, create_trial
 
 from hyperopt_implicit import processes, workers
+from hyperopt_implicit.optuna_warnings import accepting_experimental
 from hyperopt_implicit.processes import identity, is_gone
 from hyperopt_implicit.storages import open_storage
 from hyperopt_implicit.workers import Heartbeat, claim, counted, give_back, origin, reclaim, visible_trials
@@ -48,9 +49,9 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture(params=["memory", *KINDS])
-def study(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Study]:
+def study(request: pytest.FixtureRequest, tmp_path: Path) -> Study:
     storage = open_storage(None if request.param == "memory" else url_of(request.param, tmp_path, request))
-    yield optuna.create_study(storage=storage, study_name="shared", sampler=optuna.samplers.RandomSampler(seed=0))
+    return optuna.create_study(storage=storage, study_name="shared", sampler=optuna.samplers.RandomSampler(seed=0))
 
 
 def run(study: Study, n_trials: int) -> list[int]:
@@ -137,7 +138,8 @@ def test_two_workers_run_no_waiting_trial_twice(url: str, tmp_path: Path) -> Non
         study.enqueue_trial({"lr": 0.01 + number / 100, "width": 64})
     ran = at_once(url, 40, tmp_path)
     assert_shared(open_storage(url), ran, 40)
-    assert sorted(each.params["lr"] for each in study.trials) == [0.01 + number / 100 for number in range(40)]
+    ended = study.get_trials(states=(TrialState.COMPLETE,))
+    assert sorted(each.params["lr"] for each in ended) == [0.01 + number / 100 for number in range(40)]
 
 
 def begun_by_another(study: Study) -> Callable[[], None]:
@@ -224,10 +226,11 @@ def test_optuna_knows_what_repeats_what(study: Study) -> None:
         claimed = claim(study, KNOBS, 1)
         assert claimed is not None
         give_back(study, claimed)
-    with pytest.warns(optuna.exceptions.ExperimentalWarning):
-        assert RetryHeartbeatStaleTrialCallback.retried_trial_number(study.trials[2]) == 0
-        assert RetryHeartbeatStaleTrialCallback.retry_history(study.trials[2]) == [0, 1]
-    assert origin(study.trials[3]) == 0
+    with accepting_experimental():
+        first = RetryHeartbeatStaleTrialCallback.retried_trial_number(study.trials[3])
+        history = RetryHeartbeatStaleTrialCallback.retry_history(study.trials[3])
+    assert first == origin(study.trials[3]) == 0
+    assert history == [0, 1, 2]
 
 
 def test_a_trial_that_is_not_to_be_repeated_leaves_its_place(study: Study) -> None:
@@ -381,7 +384,7 @@ def test_without_proc_a_process_is_known_by_its_pid(monkeypatch: pytest.MonkeyPa
 
 
 def short_heartbeats(url: str) -> BaseStorage:
-    with pytest.warns(optuna.exceptions.ExperimentalWarning):
+    with accepting_experimental():
         return RDBStorage(url, heartbeat_interval=1, grace_period=2)
 
 

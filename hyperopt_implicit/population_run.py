@@ -1,0 +1,255 @@
+"""The outer loop of members that share one computation.
+
+The bookkeeping of each member is the ``Run`` that it would have alone (``outer_loop.py``); what is vectorised, inner
+steps, hypergradients and moves of the hyperparameters, is put in its places here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hyperopt_implicit.errors import HypergradientError
+from hyperopt_implicit.history import Result, summarise
+from hyperopt_implicit.hyperparameters import Value
+from hyperopt_implicit.implicit import ImplicitBackend
+from hyperopt_implicit.members import Members, column
+from hyperopt_implicit.members_batches import Generators, MembersStream, put_together
+from hyperopt_implicit.members_curvature import Hypergradients, hypergradients, matrix
+from hyperopt_implicit.members_solver import norms
+from hyperopt_implicit.members_training import MembersSnapshot, MembersTraining
+from hyperopt_implicit.members_update import members_optimizer
+from hyperopt_implicit.outer_loop import Taken
+from hyperopt_implicit.prepared_run import PreparedRun
+from hyperopt_implicit.vectors import Params
+
+Outcome = Result | Exception
+
+
+class PopulationRun:
+    """Runs that are trained together.
+
+    Args:
+        runs: begun, and alike; their problems' tensors are put into stacks.
+        backend: with a solver for many.
+        generators: a state of torch's generators for each.
+
+    Attributes:
+        outcomes: what each run has come to, by its place among ``runs``.
+    """
+
+    def __init__(self, runs: Sequence[PreparedRun], backend: ImplicitBackend, generators: Generators) -> None:
+        self._runs = list(runs)
+        self._backend = backend
+        self._generators = generators
+        self._options = runs[0].options
+        self._places = list(range(len(runs)))
+        self.outcomes: dict[int, Outcome] = {}
+        loops = [each.run.loop for each in runs]
+        self.members = Members([each.problem for each in runs])
+        self._training = MembersStream(
+            [each.training for each in loops], [each.problem.training_data for each in runs], generators
+        )
+        self._validation = MembersStream(
+            [each.validation for each in loops], [each.problem.validation_data for each in runs], generators
+        )
+        self._make()
+        self._initial: MembersSnapshot | None = None
+        if self._options.restart:
+            self._initial = MembersSnapshot(self.members, self._inner)
+            self._initial.take()
+
+    def _make(self) -> None:
+        """All that depends on which members there are."""
+        problems = self.members.problems
+        self._inner = members_optimizer(
+            [each.optimizer for each in problems], [list(each.params.values()) for each in problems], self.members.params
+        )
+        self._outer = members_optimizer(
+            [each.outer.optimizer for each in self._runs],
+            [list(each.hparams.values()) for each in problems],
+            self.members.hparams,
+        )
+        self._steps = MembersTraining(self.members, self._inner, self._training, self._generators)
+        self._good = MembersSnapshot(self.members, self._inner)
+        self._good.take()
+        for i, each in enumerate(self._runs):
+            each.run.good = self._good.of(i)
+        solver = self._backend.members_solver(problems)
+        assert solver is not None
+        self._solve = solver
+        self._projects = any(
+            callable(getattr(module, "project_", None))
+            for each in problems
+            for module in each.hyperparameters.modules()
+            if module is not each.hyperparameters
+        )
+
+    def go(self) -> None:
+        """Train all members to their ends."""
+        try:
+            if self._options.warmup_steps:
+                values, rows = self._values()
+                self._steps.take(self._options.warmup_steps, values, rows, self._good)
+                for each, sound in zip(self._runs, self._sound(), strict=True):
+                    each.run.is_good = sound
+            for step in range(self._options.outer_steps):
+                if not self._runs:
+                    return
+                self.advance(step)
+            self._leave({i: None for i in range(len(self._runs))})
+        except BaseException as error:
+            for each in self._runs:
+                each.close(error)
+            raise
+
+    def advance(self, step: int) -> None:
+        """One outer step of all members; those that have come to their end leave."""
+        started = time.perf_counter()
+        before = self._begin()
+        stacked, values = self._values()
+        losses = self._steps.take(self._options.inner_steps, stacked, values, before)
+        trained = time.perf_counter()
+        names = [each.hyperparameters.element_names for each in self.members.problems]
+        shown = [summarise(own, elements) for own, elements in zip(values, names, strict=True)]
+        found = self._differentiate()
+        sound = self._sound()
+        taken = [
+            Taken(losses[i], shown[i], found.results[i], found.sizes[i], sound[i]) for i in range(len(self._runs))
+        ]
+        lost = [each.run.judge(step, own) for each, own in zip(self._runs, taken, strict=True)]
+        applied, ends = self._move(taken, found.gradients)
+        for i, each in enumerate(self._runs):
+            if i not in ends:
+                each.run.settle(step)
+        ended = time.perf_counter()
+        share = len(self._runs)
+        seconds = (trained - started) / share, (ended - trained) / share
+        for i, each in enumerate(self._runs):
+            if i in ends:
+                continue
+            each.run.seconds += sum(seconds)
+            with self._generators.of(i):
+                record = each.run.record(step, taken[i], lost=lost[i], applied=applied[i], seconds=seconds)
+            each.log(record)
+            if each.run.stop_reason is not None:
+                ends[i] = None
+        self._leave(ends)
+
+    # ----------------------------------------------------------------------------------------------------- the parts
+
+    def _begin(self) -> MembersSnapshot:
+        """Copy the state in which the step begins; gives the state in which its training does."""
+        good = [each.run.is_good for each in self._runs]
+        if all(good):
+            self._good.take()
+            before = self._good
+        else:  # after a warm-up that was lost; the present state is no place to come back to
+            before = MembersSnapshot(self.members, self._inner)
+            before.take()
+            self._good.take([i for i, is_good in enumerate(good) if is_good])
+        if self._initial is not None:
+            before = self._initial
+            before.restore(range(len(self._runs)))
+        return before
+
+    def _values(self) -> tuple[Params, list[dict[str, Value]]]:
+        """The constrained hyperparameters, stacked, and of each member."""
+        stacked = self.members.values()
+        rows = {name: x.unbind(0) for name, x in stacked.items()}
+        values: list[dict[str, Value]] = []
+        for i, problem in enumerate(self.members.problems):
+            held = problem.hyperparameters
+            values.append({name: rows[name][i] if name in rows else getattr(held, name) for name in held.declarations})
+        return stacked, values
+
+    def _sound(self) -> list[bool]:
+        """Whether the weights of each member are finite."""
+        with torch.no_grad():
+            return torch.tensor(norms(matrix(self.members.params))).isfinite().tolist()
+
+    def _differentiate(self) -> Hypergradients:
+        count = self._options.hessian_batches
+        training = [put_together(self._training.next()) for _ in range(count)]
+        validation = put_together(self._validation.next())
+        states = [each.outer.state for each in self._runs]
+        found = hypergradients(self.members, self._solve, self._backend.damping, training, validation, states)
+        for each, result in zip(self._runs, found.results, strict=True):
+            each.outer.carry(result)
+        return found
+
+    @torch.no_grad()
+    def _move(self, taken: Sequence[Taken], gradients: Params) -> tuple[list[bool], dict[int, Exception | None]]:
+        """Move the hyperparameters of all members as ``HyperOptimizer.apply`` does; who moved, and who has failed."""
+        ends: dict[int, Exception | None] = {}
+        scales: list[float | None] = []
+        for i, (each, own) in enumerate(zip(self._runs, taken, strict=True)):
+            try:
+                scales.append(each.outer.guard.scale_of(own.result, own.size))
+            except HypergradientError as error:
+                scales.append(None)
+                ends[i] = error
+        moved = [scale is not None for scale in scales]
+        before = [x.detach().clone() for x in self.members.hparams.values()]
+        if all(moved):
+            factors = [scale for scale in scales if scale is not None]
+            if any(factor != 1.0 for factor in factors):
+                gradients = {name: x * column(factors, x) for name, x in gradients.items()}
+            self._outer.step(dict(gradients))
+        else:
+            for i, scale in enumerate(scales):
+                if scale is not None:
+                    self._move_alone(i, taken[i], scale)
+        for i, inside in enumerate(self.members.inside()):
+            if moved[i] and not inside:
+                self._put_back(before, i)
+                moved[i] = False
+                try:
+                    self._runs[i].outer.guard.complain_of_step()
+                except HypergradientError as error:
+                    ends[i] = error
+        if self._projects:
+            for i, problem in enumerate(self.members.problems):
+                if i not in ends:
+                    problem.hyperparameters.project_()
+        return moved, ends
+
+    def _move_alone(self, member: int, taken: Taken, scale: float) -> None:
+        """By the member's own optimizer: the others' must not know of a step."""
+        self._outer.release(member)
+        hparams, optimizer = self.members.problems[member].hparams, self._runs[member].outer.optimizer
+        for name, p in hparams.items():
+            p.grad = taken.result.gradients[name].detach() * scale
+        optimizer.step()
+        for p in hparams.values():
+            p.grad = None
+        self._outer.adopt(member)
+
+    def _put_back(self, before: Sequence[Tensor], member: int) -> None:
+        for x, old in zip(self.members.hparams.values(), before, strict=True):
+            x.detach()[member].copy_(old[member])
+
+    def _leave(self, ends: dict[int, Exception | None]) -> None:
+        """Let members go that have come to their end, with an error or without; the others go on."""
+        if not ends:
+            return
+        rest = [i for i in range(len(self._runs)) if i not in ends]
+        for i in ends:
+            self._inner.free(i)
+            self._outer.free(i)
+        leaving = [(self._places[i], self._runs[i], error) for i, error in ends.items()]
+        self._runs, self._places = [self._runs[i] for i in rest], [self._places[i] for i in rest]
+        initial = None if self._initial is None else self._initial
+        self.members.keep(rest)
+        for part in (self._training, self._validation, self._generators):
+            part.keep(rest)
+        if self._runs:
+            self._make()
+            if initial is not None:
+                self._initial = initial.kept(self.members, self._inner, rest)
+        for place, each, failure in leaving:
+            result = each.close(failure)
+            self.outcomes[place] = result if failure is None else failure
