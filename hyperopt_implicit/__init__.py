@@ -34,6 +34,7 @@ from hyperopt_implicit.knobs import knob, knobs_of
 from hyperopt_implicit.minimizer import minimizer
 from hyperopt_implicit.operators import Hessian, LinearOperator
 from hyperopt_implicit.optimize import optimize
+from hyperopt_implicit.population import Population, optimize_population
 from hyperopt_implicit.problem import BilevelProblem
 from hyperopt_implicit.report import Report
 from hyperopt_implicit.search import SearchResult, search
@@ -64,6 +65,7 @@ __all__ = [
     "LossError",
     "OuterStep",
     "Params",
+    "Population",
     "ProblemError",
     "Report",
     "Result",
@@ -87,5 +89,6 @@ __all__ = [
     "load_best",
     "minimizer",
     "optimize",
+    "optimize_population",
     "search",
 ]

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from hyperopt_implicit.problem import BilevelProblem
 
@@ -37,12 +38,24 @@ def difference(x: Description, y: Description) -> str | None:
     return None
 
 
-def shape_difference(x: Description, y: Description) -> str | None:
-    """The first parameter, buffer or hyperparameter whose shape differs."""
-    for name in x:
-        if name.startswith("shape of ") and name in y and x[name] != y[name]:
-            return name.removeprefix("shape of ")
-    return None
+def explained(reason: str, groups: Sequence[Sequence[int]], knobs: Sequence[Mapping[str, Any]]) -> str:
+    """A difference as a sentence, with the knob that makes it where one is known."""
+    part = reason.partition(":")[0]
+    name = _knob(groups, knobs)
+    if name is None:
+        return f"members differ in more than the values of tensors, and are grouped by it: {reason}"
+    what = f"changes the {part}" if part.startswith("shape of") else f"makes a difference ({reason})"
+    return f"knob {name!r} {what}: trials are grouped by it"
+
+
+def _knob(groups: Sequence[Sequence[int]], knobs: Sequence[Mapping[str, Any]]) -> str | None:
+    """The knob with the fewest values that tells the groups apart."""
+    found: dict[str, int] = {}
+    for name in knobs[0] if knobs else ():
+        values = [{repr(knobs[i].get(name)) for i in group} for group in groups]
+        if sum(map(len, values)) == len(set().union(*values)):
+            found[name] = sum(map(len, values))
+    return min(found, key=lambda name: found[name]) if found else None
 
 
 def describe(problem: BilevelProblem) -> Description:
@@ -56,11 +69,13 @@ def describe(problem: BilevelProblem) -> Description:
                 found[f"dtype of {kind}{prefix}{name!r}"] = (x.dtype, str(x.device), x.requires_grad)
         for name, module in root.named_modules():
             label = f"{prefix}module {name!r}" if name else f"{prefix or 'the '}model"
-            found[f"type of {label}"] = Same(type(module))
+            found[f"type of {label}"] = Same(parametrize.type_before_parametrizations(module))
             found[f"mode of {label}"] = "train" if module.training else "eval"
             for key, value in vars(module).items():
                 if key not in _OWN and not (root is problem.hyperparameters and module is root):
-                    found[f"{key!r} of {label}"] = reader.read(value)
+                    hooks = key.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))
+                    # hooks are numbered through, over all modules there are
+                    found[f"{key!r} of {label}"] = reader.read(list(value.values()) if hooks else value)
     found["trained parameters"] = tuple(problem.params)
     for name, each in problem.hyperparameters.declarations.items():
         found[f"constraint of hyperparameter {name!r}"] = reader.read(each.constraint)
@@ -89,6 +104,18 @@ class Own:
     """A part of the problem itself, by its name: with other tensors put in its place, it stands for any member's."""
 
     name: str
+
+
+class Held:
+    """A tensor of the problem that is used past its modules; equal to nothing."""
+
+    def __eq__(self, other: object) -> bool:
+        return False
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return "a tensor of the problem's own"
 
 
 class Constant:
@@ -126,6 +153,7 @@ class _Reader:
             self._modules.update((id(module), name or "the model") for name, module in root.named_modules())
             self._tensors.update(id(x) for x in (*root.parameters(), *root.buffers()))
         self._seen: dict[int, int] = {}
+        self._alive: list[Any] = []  # or the number of an object that is gone might come back
 
     def function(self, function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
         """A loss, part by part: its code, its defaults and what it closes over, by name."""
@@ -153,9 +181,12 @@ class _Reader:
         if id(value) in self._seen:
             return ("met before", self._seen[id(value)])
         self._seen[id(value)] = len(self._seen)
+        self._alive.append(value)
         if isinstance(value, Tensor):
-            # a parameter that is used past the model is not swapped: of each member, it would be the first's
-            return Same(value) if id(value) in self._tensors or value.requires_grad else Constant(value)
+            # one that is used past the model is not swapped: of each member, it would be the first's
+            if id(value) in self._tensors:
+                return Held()
+            return Same(value) if value.requires_grad else Constant(value)
         if isinstance(value, types.FunctionType):
             return tuple(self.function(value))
         if isinstance(value, types.MethodType):

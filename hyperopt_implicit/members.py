@@ -87,8 +87,8 @@ class Members:
         """Go on with these members only; the others get memory of their own and stay as they are."""
         for i in set(range(len(self))) - set(members):
             for tensors, _ in _tensors([self.problems[i]]).values():
-                for x in tensors:
-                    x.data = x.detach().clone()
+                for tensor in tensors:
+                    tensor.data = tensor.detach().clone()
         self.problems = [self.problems[i] for i in members]
         if self.problems:
             self._stack()

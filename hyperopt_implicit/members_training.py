@@ -178,4 +178,3 @@ class MembersTraining:
             losses = [train_step(problem, batches[member], values) for batches in held]
         self._optimizer.adopt(member)
         return losses
-

@@ -120,8 +120,7 @@ class _Vectorised(MembersOptimizer):
         """What each member's own optimizer keeps of a parameter."""
         i = self._index[name]
         return [
-            optimizer.state.get(params[i], {})
-            for optimizer, params in zip(self._optimizers, self._owned, strict=True)
+            optimizer.state.get(params[i], {}) for optimizer, params in zip(self._optimizers, self._owned, strict=True)
         ]
 
     @torch.no_grad()
@@ -318,7 +317,10 @@ def members_optimizer(
     groups = optimizers[0].param_groups
     special = ("amsgrad", "capturable", "differentiable", "fused")
     kinds_of_member = [
-        (type(each), [[group.get(key) for key in _FLAGS] + [bool(group.get("momentum"))] for group in each.param_groups])
+        (
+            type(each),
+            [[group.get(key) for key in _FLAGS] + [bool(group.get("momentum"))] for group in each.param_groups],
+        )
         for each in optimizers
     ]
     if (

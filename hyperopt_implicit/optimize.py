@@ -132,16 +132,5 @@ def optimize(
     prepared = PreparedRun(problem, backend, options, seed)
     with prepared.seeded():
         prepared.begin(callbacks, tracking)
-        try:
-            with ProgressBar(outer_steps, progress) as bar:
-                prepared.run.warm_up(warmup_steps)
-                for step in range(outer_steps):
-                    record = prepared.run.advance(step)
-                    prepared.log(record)
-                    bar.update(record)
-                    if prepared.run.stop_reason is not None:
-                        break
-        except BaseException as error:
-            prepared.close(error)
-            raise
-        return prepared.close()
+        with ProgressBar(outer_steps, progress) as bar:
+            return prepared.go(bar.update)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from hyperopt_implicit.members_training import MembersSnapshot, MembersTraining
 from hyperopt_implicit.members_update import members_optimizer
 from hyperopt_implicit.outer_loop import Taken
 from hyperopt_implicit.prepared_run import PreparedRun
+from hyperopt_implicit.snapshot import Snapshot
 from hyperopt_implicit.vectors import Params
 
 Outcome = Result | Exception
@@ -66,7 +68,9 @@ class PopulationRun:
         """All that depends on which members there are."""
         problems = self.members.problems
         self._inner = members_optimizer(
-            [each.optimizer for each in problems], [list(each.params.values()) for each in problems], self.members.params
+            [each.optimizer for each in problems],
+            [list(each.params.values()) for each in problems],
+            self.members.params,
         )
         self._outer = members_optimizer(
             [each.outer.optimizer for each in self._runs],
@@ -88,6 +92,20 @@ class PopulationRun:
             if module is not each.hyperparameters
         )
 
+    def peek(self) -> tuple[list[Any], list[Any]]:
+        """The next training batch and the next validation batch of each member."""
+        return self._training.peek(), self._validation.peek()
+
+    def dissolve(self) -> None:
+        """Give each member memory of its own, as it was before it became one of many."""
+        for i, each in enumerate(self._runs):
+            self._inner.free(i)
+            self._outer.free(i)
+            each.run.good = Snapshot(each.problem)
+        self.members.keep([])
+        for each in self._runs:
+            each.run.good.take()
+
     def go(self) -> None:
         """Train all members to their ends."""
         try:
@@ -100,7 +118,7 @@ class PopulationRun:
                 if not self._runs:
                     return
                 self.advance(step)
-            self._leave({i: None for i in range(len(self._runs))})
+            self._leave(dict.fromkeys(range(len(self._runs))))
         except BaseException as error:
             for each in self._runs:
                 each.close(error)
@@ -117,9 +135,7 @@ class PopulationRun:
         shown = [summarise(own, elements) for own, elements in zip(values, names, strict=True)]
         found = self._differentiate()
         sound = self._sound()
-        taken = [
-            Taken(losses[i], shown[i], found.results[i], found.sizes[i], sound[i]) for i in range(len(self._runs))
-        ]
+        taken = [Taken(losses[i], shown[i], found.results[i], found.sizes[i], sound[i]) for i in range(len(self._runs))]
         lost = [each.run.judge(step, own) for each, own in zip(self._runs, taken, strict=True)]
         applied, ends = self._move(taken, found.gradients)
         for i, each in enumerate(self._runs):

@@ -62,12 +62,14 @@ class PreparedRun:
         options: those of the run.
         outer: the outer step.
         run: the loop and its bookkeeping, from :meth:`begin` on.
+        closed: whether it was closed.
 
     Raises:
         HyperoptError: the problem, the backend or an option cannot hold.
     """
 
     run: Run
+    closed: bool = False
 
     def __init__(self, problem: BilevelProblem, backend: Spec, options: RunOptions, seed: int | None) -> None:
         self._described = options.described(seed)
@@ -136,12 +138,28 @@ class PreparedRun:
             callbacks=callbacks,
         )
 
+    def go(self, shown: Callable[[OuterStep], None] = lambda record: None) -> Result:
+        """All steps, to the end; ``shown`` is called with the record of each."""
+        try:
+            self.run.warm_up(self.options.warmup_steps)
+            for step in range(self.options.outer_steps):
+                record = self.run.advance(step)
+                self.log(record)
+                shown(record)
+                if self.run.stop_reason is not None:
+                    break
+        except BaseException as error:
+            self.close(error)
+            raise
+        return self.close()
+
     def log(self, record: OuterStep) -> None:
         """Hand the record of a step to the tracker; returns at once."""
         self._tracker.log_step(record)
 
     def close(self, error: BaseException | None = None) -> Result:
         """What the run has come to; the tracked run is ended, as failed where there is an error."""
+        self.closed = True
         result = self.run.result()
         if error is None:
             result.run_id, result.run_link = self._tracker.run_id, self._tracker.run_link

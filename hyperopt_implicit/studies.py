@@ -206,7 +206,7 @@ def _short(described: Mapping[str, Any] | None) -> str:
 
 
 def sampler_of(sampler: str | BaseSampler | None, seed: int | None) -> BaseSampler:
-    """An instance as it is; a name as that sampler of Optuna's, seeded for each trial by ``seed`` plus its number.
+    """An instance as it is; a name as that sampler of Optuna's, seeded for each trial by ``seed`` and its number.
 
     So trial k draws the same whether the study was interrupted or not, and other knobs than its neighbours whoever
     else draws at the same time. Samplers that follow one sequence (``qmc``) have the same seed throughout.
@@ -232,7 +232,7 @@ def sampler_of(sampler: str | BaseSampler | None, seed: int | None) -> BaseSampl
         raise SearchError(f"sampler {sampler!r} cannot be used: {first_line(error)}") from error
     if sampler == "qmc":
         return make(seed=seed)
-    return _seeded_by_trial(lambda number: make(seed=seed + number))
+    return _seeded_by_trial(lambda number: make(seed=_mixed(seed, number)))
 
 
 def pruner_of(pruner: str | BasePruner | None, outer_steps: int) -> BasePruner:
@@ -292,6 +292,13 @@ def _seeded_by_trial(make: Callable[[int], BaseSampler]) -> BaseSampler:
             self.now.after_trial(study, trial, state, values)
 
     return SeededByTrial()
+
+
+def _mixed(seed: int, number: int) -> int:
+    """A seed for a trial; searches with neighbouring seeds have none in common."""
+    import numpy as np
+
+    return int(np.random.SeedSequence([abs(seed), int(seed < 0), number]).generate_state(1)[0])
 
 
 def name_of(sampler: BaseSampler) -> str:

@@ -157,7 +157,7 @@ def claim(study: Study, distributions: Mapping[str, BaseDistribution], n_trials:
     """
     while True:
         trials = study.get_trials(deepcopy=False)
-        if _give_up_dead(study, trials):
+        if _give_up_dead(study, trials) or _make_up(study, trials):
             continue
         if not _has_place(trials, n_trials):
             return None
@@ -373,7 +373,9 @@ def reclaim(study: Study) -> list[int]:
         >>> reclaim(study)  # its worker is this process
         []
     """
-    return _give_up_dead(study, study.get_trials(deepcopy=False))
+    trials = study.get_trials(deepcopy=False)
+    _make_up(study, trials)
+    return _give_up_dead(study, trials)
 
 
 def _give_up_dead(study: Study, trials: Sequence[FrozenTrial]) -> list[int]:
@@ -389,7 +391,6 @@ def _give_up_dead(study: Study, trials: Sequence[FrozenTrial]) -> list[int]:
             killed = sum(trials[number].user_attrs.get(_FAILURE) == KILLED for number in _history(each))
             if _lose(study, each, KILLED, True, counts=killed >= MAX_RETRIES):
                 given_up.append(each.number)
-    _make_up(study, trials)
     return given_up
 
 
@@ -455,11 +456,18 @@ def _history(trial: FrozenTrial) -> list[int]:
     return list(trial.system_attrs.get(_HISTORY, []))
 
 
-def _make_up(study: Study, trials: Sequence[FrozenTrial]) -> None:
-    """Repeat what a worker has given up, and was killed before it could put it in the queue."""
+def _make_up(study: Study, trials: Sequence[FrozenTrial]) -> bool:
+    """Repeat what a worker has given up, and was killed before it could put it in the queue; whether there was any."""
     repeated = {_repeated(each) for each in trials}
-    for each in trials:
-        if not is_lost(each) or each.user_attrs.get(_ABANDONED) or each.number in repeated:
-            continue
-        if each.datetime_complete is not None and _age(each.datetime_complete) > _UNREPEATED:
-            _repeat(study, each)
+    forgotten = [
+        each
+        for each in trials
+        if is_lost(each)
+        and not each.user_attrs.get(_ABANDONED)
+        and each.number not in repeated
+        and each.datetime_complete is not None
+        and _age(each.datetime_complete) > _UNREPEATED
+    ]
+    for each in forgotten:
+        _repeat(study, each)
+    return bool(forgotten)

@@ -29,7 +29,7 @@ _WATCHED = """
 folder=$1; shift
 ("$@" < /dev/null > "$folder/log" 2>&1; : > "$folder/ended") &
 cat > /dev/null
-kill -INT "$(head -n 1 "$folder/data/postmaster.pid")" 2> /dev/null
+kill -QUIT "$(head -n 1 "$folder/data/postmaster.pid")" 2> /dev/null
 wait
 rm -rf "$folder"
 """

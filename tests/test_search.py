@@ -112,7 +112,7 @@ def test_backend_and_its_options_can_be_knobs() -> None:
 
 
 def test_names_alone_can_be_the_knob() -> None:
-    found = search(backend=CategoricalDistribution(["cg", "unrolled"]), n_trials=4)
+    found = search(backend=CategoricalDistribution(["cg", "unrolled"]), n_trials=8)
     assert {trial.params["backend"] for trial in found.study.trials} == {"cg", "unrolled"}
 
 

@@ -349,13 +349,14 @@ def test_a_pid_that_is_used_again_is_another_process(study: Study) -> None:
 
 
 def test_a_process_that_has_ended_and_was_not_waited_for_is_gone() -> None:
-    process = subprocess.Popen([sys.executable, "-c", "print(1)"], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    mark = {**identity(), "pid": process.pid, "started": None}
-    process.stdout.read()
-    while not is_gone(mark):
-        time.sleep(0.01)
-    assert process.poll() == 0
+    with subprocess.Popen(["true"], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.read()
+        until = time.monotonic() + 60
+        while not is_gone({**identity(), "pid": process.pid, "started": None}) and time.monotonic() < until:
+            time.sleep(0.01)
+        assert process.returncode is None  # nobody has asked
+        assert is_gone({**identity(), "pid": process.pid, "started": None})
 
 
 @pytest.mark.parametrize("name", ["host", "machine", "namespace"])
