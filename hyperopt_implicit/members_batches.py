@@ -135,7 +135,7 @@ class MembersStream:
         reader = self._streams[0]
         self._streams = [self._streams[i] for i in members]
         self._data = [self._data[i] for i in members]
-        if self._shared:
+        if self._shared and members:
             self._streams[0] = reader
 
     def next(self) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -31,73 +31,47 @@ MAX_RETRIES = 3
 _UNREPEATED = timedelta(seconds=10)  # between the end of a lost trial and the one that repeats it
 
 
-def _lose(study: Study, trial: FrozenTrial, failure: str, again: bool, counts: bool = False) -> bool:
-    """End a trial whose worker is gone, or gives it up; whether it was this call that has ended it.
+def give_up(study: Study, trial: FrozenTrial, failure: str, *, again: bool) -> bool:
+    """End a trial without counting it, and put it in the queue once more or leave its place to another.
 
     Args:
         study: the study.
         trial: the trial.
         failure: why.
         again: whether it is to be repeated.
-        counts: whether it counts as failed, and is not repeated.
+
+    Returns:
+        Whether it was this call that has ended it.
     """
+    marks: dict[str, Any] = {FAILURE: failure, LOST: True}
+    if not again:
+        marks[ABANDONED] = True
+    ended = _end_with(study, trial, marks)
+    if ended and again:
+        repeat(study, trial)
+    return ended
+
+
+def give_up_killed(study: Study, trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> bool:
+    """The same for one whose worker is gone; if that was so several times, it counts as failed and is not repeated."""
+    killed = 1 + sum(trials[number].user_attrs.get(FAILURE) == KILLED for number in history(trial))
+    if killed > MAX_RETRIES:
+        return _end_with(study, trial, {FAILURE: f"{KILLED}, {killed} times"})
+    return give_up(study, trial, KILLED, again=True)
+
+
+def _end_with(study: Study, trial: FrozenTrial, marks: Mapping[str, Any]) -> bool:
     from optuna.exceptions import UpdateFinishedTrialError
 
-    marks: dict[str, Any] = {_FAILURE: failure}
-    if counts:
-        marks[_FAILURE] = f"{failure}, {MAX_RETRIES + 1} times"
-    else:
-        marks[_LOST] = True
-        if not again:
-            marks[_ABANDONED] = True
     try:
         for name, value in marks.items():
             study._storage.set_trial_user_attr(trial._trial_id, name, value)
     except UpdateFinishedTrialError:
         return False
-    if not _end(study, trial._trial_id):
-        return False
-    if again and not counts:
-        _repeat(study, trial)
-    return True
+    return end(study, trial._trial_id)
 
 
-def _repeat(study: Study, trial: FrozenTrial) -> None:
-    """Put a trial in the queue once more, in the form that Optuna's own retries have."""
-    from optuna.trial import TrialState, create_trial
-
-    attributes = {_FIRST: origin(trial), _HISTORY: [*_history(trial), trial.number]}
-    if _FIXED in trial.system_attrs:  # knobs that somebody has chosen
-        attributes[_FIXED] = trial.system_attrs[_FIXED]
-    study.add_trial(
-        create_trial(
-            state=TrialState.WAITING,
-            params=trial.params,
-            distributions=trial.distributions,
-            user_attrs={_RETRY_OF: origin(trial)},
-            system_attrs=attributes,
-        )
-    )
-
-
-def _make_up(study: Study, trials: Sequence[FrozenTrial]) -> bool:
-    """Repeat what a worker has given up, and was killed before it could put it in the queue; whether there was any."""
-    repeated = {_repeated(each) for each in trials}
-    forgotten = [
-        each
-        for each in trials
-        if is_lost(each)
-        and not each.user_attrs.get(_ABANDONED)
-        and each.number not in repeated
-        and each.datetime_complete is not None
-        and _age(each.datetime_complete) > _UNREPEATED
-    ]
-    for each in forgotten:
-        _repeat(study, each)
-    return bool(forgotten)
-
-
-def _end(study: Study, trial_id: int) -> bool:
+def end(study: Study, trial_id: int) -> bool:
     """Set a trial to failed; False where someone else has ended it before."""
     from optuna.exceptions import UpdateFinishedTrialError
     from optuna.trial import TrialState
@@ -108,3 +82,36 @@ def _end(study: Study, trial_id: int) -> bool:
         return False
 
 
+def repeat(study: Study, trial: FrozenTrial) -> None:
+    """Put a trial in the queue once more, in the form that Optuna's own retries have."""
+    from optuna.trial import TrialState, create_trial
+
+    attributes: dict[str, Any] = {FIRST: origin(trial), HISTORY: [*history(trial), trial.number]}
+    if FIXED in trial.system_attrs:  # knobs that somebody has chosen
+        attributes[FIXED] = trial.system_attrs[FIXED]
+    study.add_trial(
+        create_trial(
+            state=TrialState.WAITING,
+            params=trial.params,
+            distributions=trial.distributions,
+            user_attrs={RETRY_OF: origin(trial)},
+            system_attrs=attributes,
+        )
+    )
+
+
+def repeat_forgotten(study: Study, trials: Sequence[FrozenTrial]) -> bool:
+    """Repeat what a worker has given up, and was killed before it could put it in the queue; whether there was any."""
+    done = {repeated(each) for each in trials}
+    forgotten = [
+        each
+        for each in trials
+        if is_lost(each)
+        and not each.user_attrs.get(ABANDONED)
+        and each.number not in done
+        and each.datetime_complete is not None
+        and datetime.now() - each.datetime_complete > _UNREPEATED
+    ]
+    for each in forgotten:
+        repeat(study, each)
+    return bool(forgotten)

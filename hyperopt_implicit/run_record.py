@@ -111,12 +111,8 @@ def description_of(reports: Iterable[Report]) -> str | None:
     return "\n".join(lines) or None
 
 
-def files_of(
-    result: Result, folder: Path, *, save_state: bool, reports: Sequence[Report] = ()
-) -> Iterator[tuple[Path, str | None]]:
-    """Write figures, history, values and states into a folder; gives each file with its place among the artifacts."""
-    if not len(result.history):
-        return
+def figures_of(result: Result, folder: Path, reports: Sequence[Report] = ()) -> Iterator[Path]:
+    """Draw losses, hyperparameters, and what the reports have to show, into a folder."""
     drawn = {
         "trajectories": figures.trajectories(result.history),
         "hyperparameters": figures.histograms(result.hyperparameters),
@@ -126,7 +122,18 @@ def files_of(
     for name, figure in drawn.items():
         if figure is not None:
             figure.savefig(folder / f"{name}.png", dpi=120)
-            yield folder / f"{name}.png", None
+            yield folder / f"{name}.png"
+
+
+def files_of(
+    result: Result, folder: Path, *, save_state: bool, draw: bool = True, reports: Sequence[Report] = ()
+) -> Iterator[tuple[Path, str | None]]:
+    """Write figures, history, values and states into a folder; gives each file with its place among the artifacts."""
+    if not len(result.history):
+        return
+    if draw:
+        for path in figures_of(result, folder, reports):
+            yield path, None
     result.history.to_dataframe().to_csv(folder / "history.csv", index=False)
     yield folder / "history.csv", None
     if result.history.notes:

@@ -224,7 +224,7 @@ def search(
         except BaseException as error:
             record.end(error)
             raise
-        record.end()
+        record.end(best=runner.best)
     return found
 
 

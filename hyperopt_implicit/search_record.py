@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hyperopt_implicit.run_record import source_of, source_tags, versions
+from hyperopt_implicit.run_record import figures_of, source_of, source_tags, versions
 from hyperopt_implicit.tracking import Tracker, Tracking, without_password
 from hyperopt_implicit.trials import front
 from hyperopt_implicit.workers import visible_trials
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial, Trial
 
+    from hyperopt_implicit.history import Result
     from hyperopt_implicit.knob_space import KnobSpace
 
 _WAIT_SECONDS = 30.0  # for the worker that has made the study, to begin its run
@@ -66,6 +67,7 @@ class SearchRecord:
             self._config,
             run_name=f"{self._config.run_name or 'trial'}-{trial.number}",
             parent_run_id=self.run_id,
+            figures=False,
             params={
                 **self._config.params,
                 "trial": trial.number,
@@ -87,8 +89,13 @@ class SearchRecord:
             metrics["search/pareto_front"] = float(len(best))
         self._tracker.log_metrics(metrics, trial.number)
 
-    def end(self, error: BaseException | None = None) -> None:
-        """Log table and figures and end the run; where trials of other workers run on, leave that to the last."""
+    def end(self, error: BaseException | None = None, best: tuple[int, Result] | None = None) -> None:
+        """Log table and figures and end the run; where trials of other workers run on, leave that to the last.
+
+        Args:
+            error: what has ended the search, if anything did.
+            best: number and result of the best trial, where it has run in this process.
+        """
         from optuna.trial import TrialState
 
         if self._config is None:
@@ -96,10 +103,13 @@ class SearchRecord:
         if error is None and any(each.state is TrialState.RUNNING for each in self._study.get_trials(deepcopy=False)):
             self._tracker.leave()
             return
-        best = front(self._study)
-        if best:
-            self._tracker.set_tag("best_trial", ", ".join(str(each.number) for each in best))
-        figures = figures_of(self._study)
+        found = front(self._study)
+        if found:
+            self._tracker.set_tag("best_trial", ", ".join(str(each.number) for each in found))
+        if best is not None and self._config.figures and best[0] == found[0].number:
+            result = best[1]
+            self._tracker.log_files(lambda folder: [(path, "best_trial") for path in figures_of(result, folder)])
+        figures = study_figures(self._study)
         self._tracker.log_files(lambda folder: files_of(self._study, figures, folder))
         self._tracker.end(error)
 
@@ -140,7 +150,7 @@ def _row(study: Study, trial: FrozenTrial) -> dict[str, Any]:
     }
 
 
-def figures_of(study: Study) -> list[tuple[str, Figure]]:
+def study_figures(study: Study) -> list[tuple[str, Figure]]:
     """Those of Optuna's figures that there are enough trials for.
 
     Optuna draws with pyplot and sets its style: call it from the main thread; both are as before afterwards.
@@ -153,25 +163,26 @@ def figures_of(study: Study) -> list[tuple[str, Figure]]:
     if len(complete) < 2:
         return []
     several_knobs = len({name for each in complete for name in each.params}) > 1
-    wanted: dict[str, Callable[[Study], Any]] = {}
+    wanted: dict[str, Callable[[], Any]] = {}
     if len(study.directions) == 1:
+        value = (study.metric_names or ["value"])[0].replace("_", " ")
         wanted = {
-            "history": drawn.plot_optimization_history,
-            "slices": drawn.plot_slice,
-            "learning_curves": drawn.plot_intermediate_values,
+            "history": lambda: drawn.plot_optimization_history(study, target_name=value),
+            "slices": lambda: drawn.plot_slice(study, target_name=value),
+            "learning_curves": lambda: drawn.plot_intermediate_values(study),
         }
         if several_knobs:
-            wanted["importances"] = drawn.plot_param_importances
-            wanted["parallel_coordinates"] = drawn.plot_parallel_coordinate
+            wanted["importances"] = lambda: drawn.plot_param_importances(study)
+            wanted["parallel_coordinates"] = lambda: drawn.plot_parallel_coordinate(study, target_name=value)
     elif len(study.directions) < 4:
-        wanted = {"pareto_front": drawn.plot_pareto_front}
+        wanted = {"pareto_front": lambda: drawn.plot_pareto_front(study)}
     found = []
     before = set(plt.get_fignums())
     with plt.rc_context(), plt.ioff(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Optuna calls these figures experimental
         for name, draw in wanted.items():
             try:
-                axes = draw(study)
+                axes = draw()
             except (ValueError, RuntimeError, ZeroDivisionError):  # trials that are all alike
                 continue
             found.append((name, (axes.flat[0] if hasattr(axes, "flat") else axes).figure))

@@ -68,6 +68,8 @@ class Tracking:
         tags: further tags.
         params: further params, such as the values of knobs.
         save_state: store the final state dicts of model and hyperparameters as artifacts.
+        figures: draw the run when it ends, as artifacts; takes some tenths of a second. Trials of a search go without,
+            but for the best one, which is drawn in the search's own run.
         system_metrics: sample CPU, memory and GPU through psutil, where it is installed.
         local_copy: folder for what a server would not take.
     """
@@ -79,6 +81,7 @@ class Tracking:
     tags: Mapping[str, str] = field(default_factory=dict)
     params: Mapping[str, Any] = field(default_factory=dict)
     save_state: bool = True
+    figures: bool = True
     system_metrics: bool = True
     local_copy: str = "unsent_mlflow"
 
@@ -202,7 +205,7 @@ class RunTracker(Tracker):
             return
         source = source_of(problem.loss_source())
         super().__init__(config, {**params_of(problem, backend), **options}, source_tags(source))
-        self._save_state = config.save_state
+        self._config = config
         if source is not None:
             self.log_artifact(source, "source")
 
@@ -227,7 +230,12 @@ class RunTracker(Tracker):
             description = description_of(self._reports)
             if description is not None:
                 self.set_tag("mlflow.note.content", description)
-            self.log_files(lambda folder: files_of(result, folder, save_state=self._save_state, reports=self._reports))
+            config, reports = self._config, self._reports
+            self.log_files(
+                lambda folder: files_of(
+                    result, folder, save_state=config.save_state, draw=config.figures, reports=reports
+                )
+            )
         self.end(error)
 
 

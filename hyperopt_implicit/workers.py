@@ -13,7 +13,20 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+from hyperopt_implicit.places import (
+    FIXED,
+    RETRY_OF,
+    SURPLUS,
+    WORKER,
+    counted,
+    is_lost,
+    origin,
+    places,
+    repeated,
+    visible_trials,
+)
 from hyperopt_implicit.processes import identity, is_gone
+from hyperopt_implicit.retries import end, give_up, give_up_killed, repeat_forgotten
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -22,113 +35,19 @@ if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial, Trial
 
-KILLED = "its worker was killed"
-INTERRUPTED = "interrupted"
-MAX_RETRIES = 3
-"""How often a trial is run again whose worker was killed: it may be the trial that kills it."""
+__all__ = [
+    "Heartbeat",
+    "claim",
+    "counted",
+    "give_back",
+    "identity",
+    "is_lost",
+    "origin",
+    "reclaim",
+    "visible_trials",
+]
 
-_UNMARKED = timedelta(minutes=10)  # a trial bears no mark while its sampler draws
-_UNREPEATED = timedelta(seconds=10)  # between the end of a lost trial and the one that repeats it
-
-_WORKER = "worker"  # user attributes
-_FAILURE = "failure"
-_LOST = "lost"  # ended without having run; another takes its place
-_ABANDONED = "abandoned"  # likewise, and none does
-_SURPLUS = "surplus"  # never needed
-_RETRY_OF = "retry_of"
-_FIRST = "failed_trial"  # attributes of Optuna's, as its own retries have them
-_HISTORY = "retry_history"
-_FIXED = "fixed_params"
-
-
-# --------------------------------------------------------------------------------------------------------- what counts
-
-
-def origin(trial: Trial | FrozenTrial) -> int:
-    """The number of the trial that this one repeats, or its own where it repeats none.
-
-    Args:
-        trial: a trial.
-
-    Returns:
-        The number of the first of those that have had these knobs.
-
-    Example:
-        >>> import optuna
-        >>> from hyperopt_implicit.workers import origin
-        >>> origin(optuna.create_study().ask())
-        0
-    """
-    return int(trial.user_attrs.get(_RETRY_OF, trial.number))
-
-
-def counted(study: Study) -> int:
-    """How many finished trials count: failed ones do, lost, interrupted and surplus ones do not.
-
-    Args:
-        study: the study.
-
-    Returns:
-        Their number.
-
-    Example:
-        >>> import optuna
-        >>> from hyperopt_implicit.workers import claim, counted, give_back
-        >>> study = optuna.create_study()
-        >>> _ = study.tell(claim(study, {}, n_trials=2), 1.0)
-        >>> give_back(study, claim(study, {}, n_trials=2))
-        >>> counted(study)
-        1
-    """
-    return sum(
-        each.state.is_finished() and not is_lost(each) and not each.user_attrs.get(_SURPLUS)
-        for each in study.get_trials(deepcopy=False)
-    )
-
-
-def visible_trials(study: Study) -> list[FrozenTrial]:
-    """The trials of a study without those that were handed out in vain.
-
-    Args:
-        study: the study.
-
-    Returns:
-        All that are to be shown, by number.
-
-    Example:
-        >>> import optuna
-        >>> from hyperopt_implicit.workers import visible_trials
-        >>> visible_trials(optuna.create_study())
-        []
-    """
-    return [each for each in study.get_trials(deepcopy=False) if not each.user_attrs.get(_SURPLUS)]
-
-
-def is_lost(trial: FrozenTrial) -> bool:
-    """Whether a trial was given up before its end, by a signal or with its worker, and does not count."""
-    from optuna.trial import TrialState
-
-    # the mark is set before the state; a worker that was taken for dead may have been faster
-    return trial.state is TrialState.FAIL and bool(trial.user_attrs.get(_LOST))
-
-
-def _places(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """The first trial of each place that is taken."""
-    abandoned = {origin(each) for each in trials if is_lost(each) and each.user_attrs.get(_ABANDONED)}
-    return [
-        each
-        for each in trials
-        if origin(each) == each.number and not each.user_attrs.get(_SURPLUS) and each.number not in abandoned
-    ]
-
-
-def _repeated(trial: FrozenTrial) -> int | None:
-    """The number of the trial right before this one."""
-    history = trial.system_attrs.get(_HISTORY)
-    return int(history[-1]) if history else None
-
-
-# ------------------------------------------------------------------------------------------------------------- claiming
+_UNMARKED = timedelta(minutes=10)  # a trial from the queue has no mark for a moment, nor have those of other programs
 
 
 def claim(study: Study, distributions: Mapping[str, BaseDistribution], n_trials: int) -> Trial | None:
@@ -157,7 +76,7 @@ def claim(study: Study, distributions: Mapping[str, BaseDistribution], n_trials:
     """
     while True:
         trials = study.get_trials(deepcopy=False)
-        if _give_up_dead(study, trials) or _make_up(study, trials):
+        if _give_up_dead(study, trials) or repeat_forgotten(study, trials):
             continue
         if not _has_place(trials, n_trials):
             return None
@@ -183,7 +102,7 @@ def _begin(study: Study, trials: Sequence[FrozenTrial]) -> Trial:
         trial = _ask(study)
         _mark(study, trial)
         return trial
-    mine = create_trial(state=TrialState.RUNNING, user_attrs={_WORKER: identity()})
+    mine = create_trial(state=TrialState.RUNNING, user_attrs={WORKER: identity()})
     number = study._storage.create_new_trial(study._study_id, template_trial=mine)
     study._thread_local.cached_all_trials = None  # as ``ask`` does: samplers look at the trials that run
     trial = Trial(study, number)
@@ -194,8 +113,8 @@ def _begin(study: Study, trials: Sequence[FrozenTrial]) -> Trial:
 def _has_place(trials: Sequence[FrozenTrial], n_trials: int) -> bool:
     from optuna.trial import TrialState
 
-    taken = sum(each.state is not TrialState.WAITING for each in _places(trials))
-    repeats = any(each.state is TrialState.WAITING and _repeated(each) is not None for each in trials)
+    taken = sum(each.state is not TrialState.WAITING for each in places(trials))
+    repeats = any(each.state is TrialState.WAITING and repeated(each) is not None for each in trials)
     return taken < n_trials or repeats
 
 
@@ -205,10 +124,10 @@ def _is_admitted(trials: Sequence[FrozenTrial], trial: Trial, n_trials: int) -> 
     This follows from the trials with lower numbers, and from what never changes in them, but that places become free.
     """
     number = trial.number
-    repeated = _repeated(trials[number]) if number < len(trials) else None
-    if repeated is not None:
-        return not any(each.number < number and _repeated(each) == repeated for each in trials)
-    return sum(each.number < number for each in _places(trials)) < n_trials
+    before = repeated(trials[number]) if number < len(trials) else None
+    if before is not None:
+        return not any(each.number < number and repeated(each) == before for each in trials)
+    return sum(each.number < number for each in places(trials)) < n_trials
 
 
 def _ask(study: Study) -> Trial:
@@ -234,23 +153,12 @@ def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> None:
 
 def _take_back(study: Study, trial: Trial) -> None:
     """End a trial that has no place. What somebody has put in the queue goes back to its end."""
-    trial.set_user_attr(_SURPLUS, True)
-    if not _end(study, trial._trial_id):
+    trial.set_user_attr(SURPLUS, True)
+    if not end(study, trial._trial_id):
         return
-    fixed = study._storage.get_trial(trial._trial_id).system_attrs.get(_FIXED)
-    if fixed is not None and _RETRY_OF not in trial.user_attrs:
+    fixed = study._storage.get_trial(trial._trial_id).system_attrs.get(FIXED)
+    if fixed is not None and RETRY_OF not in trial.user_attrs:
         study.enqueue_trial(fixed)
-
-
-def _end(study: Study, trial_id: int) -> bool:
-    """Set a trial to failed; False where someone else has ended it before."""
-    from optuna.exceptions import UpdateFinishedTrialError
-    from optuna.trial import TrialState
-
-    try:
-        return study._storage.set_trial_state_values(trial_id, TrialState.FAIL)
-    except UpdateFinishedTrialError:
-        return False
 
 
 # ---------------------------------------------------------------------------------------------------- being alive
@@ -281,7 +189,7 @@ class Heartbeat:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Heartbeat:
-        if self._trial.user_attrs.get(_WORKER) != identity():
+        if self._trial.user_attrs.get(WORKER) != identity():
             _mark(self._study, self._trial)
         interval = _interval(self._study)
         if interval is not None:
@@ -309,7 +217,7 @@ class Heartbeat:
 def _mark(study: Study, trial: Trial) -> None:
     """Note whose trial it is."""
     _beat(study, trial)
-    trial.set_user_attr(_WORKER, identity())
+    trial.set_user_attr(WORKER, identity())
 
 
 def _beat(study: Study, trial: Trial) -> None:
@@ -330,7 +238,7 @@ def _has_heartbeats(study: Study) -> bool:
 # --------------------------------------------------------------------------------------------------- trials given up
 
 
-def give_back(study: Study, trial: Trial, *, reason: str = INTERRUPTED, again: bool = True) -> None:
+def give_back(study: Study, trial: Trial, *, reason: str = "interrupted", again: bool = True) -> None:
     """End a running trial without counting it.
 
     Args:
@@ -348,7 +256,7 @@ def give_back(study: Study, trial: Trial, *, reason: str = INTERRUPTED, again: b
         >>> trial.number, origin(trial)
         (1, 0)
     """
-    _lose(study, study._storage.get_trial(trial._trial_id), reason, again)
+    give_up(study, study._storage.get_trial(trial._trial_id), reason, again=again)
 
 
 def reclaim(study: Study) -> list[int]:
@@ -374,7 +282,7 @@ def reclaim(study: Study) -> list[int]:
         []
     """
     trials = study.get_trials(deepcopy=False)
-    _make_up(study, trials)
+    repeat_forgotten(study, trials)
     return _give_up_dead(study, trials)
 
 
@@ -383,15 +291,11 @@ def _give_up_dead(study: Study, trials: Sequence[FrozenTrial]) -> list[int]:
 
     running = [each for each in trials if each.state is TrialState.RUNNING]
     stale = _stale(study) if running else set()
-    given_up = []
-    for each in running:
-        worker = each.user_attrs.get(_WORKER)
-        unmarked = worker is None and each.datetime_start is not None and _age(each.datetime_start) > _UNMARKED
-        if each._trial_id in stale or unmarked or (worker is not None and is_gone(worker)):
-            killed = sum(trials[number].user_attrs.get(_FAILURE) == KILLED for number in _history(each))
-            if _lose(study, each, KILLED, True, counts=killed >= MAX_RETRIES):
-                given_up.append(each.number)
-    return given_up
+    return [
+        each.number
+        for each in running
+        if (each._trial_id in stale or _is_orphan(each)) and give_up_killed(study, each, trials)
+    ]
 
 
 def _stale(study: Study) -> set[int]:
@@ -399,75 +303,8 @@ def _stale(study: Study) -> set[int]:
     return set(storage._get_stale_trial_ids(study._study_id)) if _has_heartbeats(study) else set()
 
 
-def _age(time: datetime) -> timedelta:
-    return datetime.now() - time
-
-
-def _lose(study: Study, trial: FrozenTrial, failure: str, again: bool, counts: bool = False) -> bool:
-    """End a trial whose worker is gone, or gives it up; whether it was this call that has ended it.
-
-    Args:
-        study: the study.
-        trial: the trial.
-        failure: why.
-        again: whether it is to be repeated.
-        counts: whether it counts as failed, and is not repeated.
-    """
-    from optuna.exceptions import UpdateFinishedTrialError
-
-    marks: dict[str, Any] = {_FAILURE: failure}
-    if counts:
-        marks[_FAILURE] = f"{failure}, {MAX_RETRIES + 1} times"
-    else:
-        marks[_LOST] = True
-        if not again:
-            marks[_ABANDONED] = True
-    try:
-        for name, value in marks.items():
-            study._storage.set_trial_user_attr(trial._trial_id, name, value)
-    except UpdateFinishedTrialError:
-        return False
-    if not _end(study, trial._trial_id):
-        return False
-    if again and not counts:
-        _repeat(study, trial)
-    return True
-
-
-def _repeat(study: Study, trial: FrozenTrial) -> None:
-    """Put a trial in the queue once more, in the form that Optuna's own retries have."""
-    from optuna.trial import TrialState, create_trial
-
-    attributes = {_FIRST: origin(trial), _HISTORY: [*_history(trial), trial.number]}
-    if _FIXED in trial.system_attrs:  # knobs that somebody has chosen
-        attributes[_FIXED] = trial.system_attrs[_FIXED]
-    study.add_trial(
-        create_trial(
-            state=TrialState.WAITING,
-            params=trial.params,
-            distributions=trial.distributions,
-            user_attrs={_RETRY_OF: origin(trial)},
-            system_attrs=attributes,
-        )
-    )
-
-
-def _history(trial: FrozenTrial) -> list[int]:
-    return list(trial.system_attrs.get(_HISTORY, []))
-
-
-def _make_up(study: Study, trials: Sequence[FrozenTrial]) -> bool:
-    """Repeat what a worker has given up, and was killed before it could put it in the queue; whether there was any."""
-    repeated = {_repeated(each) for each in trials}
-    forgotten = [
-        each
-        for each in trials
-        if is_lost(each)
-        and not each.user_attrs.get(_ABANDONED)
-        and each.number not in repeated
-        and each.datetime_complete is not None
-        and _age(each.datetime_complete) > _UNREPEATED
-    ]
-    for each in forgotten:
-        _repeat(study, each)
-    return bool(forgotten)
+def _is_orphan(trial: FrozenTrial) -> bool:
+    worker = trial.user_attrs.get(WORKER)
+    if worker is not None:
+        return is_gone(worker)
+    return trial.datetime_start is not None and datetime.now() - trial.datetime_start > _UNMARKED

@@ -304,7 +304,7 @@ def test_search_is_one_run_with_one_nested_run_a_trial(workplace: Path) -> None:
     assert parent.data.params["knob.lr"] == str(FloatDistribution(0.1, 0.6))
     assert parent.data.params["n_trials"] == "2"
     assert parent.data.tags["best_trial"] == str(found.best_trial)
-    assert [each.path for each in client.list_artifacts(str(found.run_id))] == ["figures", "trials.csv"]
+    assert [each.path for each in client.list_artifacts(str(found.run_id))] == ["best_trial", "figures", "trials.csv"]
     values = [
         (each.step, each.value) for each in client.get_metric_history(str(found.run_id), "search/validation_loss")
     ]

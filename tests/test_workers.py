@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +17,10 @@ from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCal
 from optuna.study import Study
 from optuna.trial import TrialState, create_trial
 
-from hyperopt_implicit import processes, workers
+from hyperopt_implicit import processes, retries, workers
 from hyperopt_implicit.optuna_warnings import accepting_experimental
 from hyperopt_implicit.processes import identity, is_gone
+from hyperopt_implicit.retries import MAX_RETRIES
 from hyperopt_implicit.storages import open_storage
 from hyperopt_implicit.workers import Heartbeat, claim, counted, give_back, origin, reclaim, visible_trials
 
@@ -462,21 +462,21 @@ def test_a_trial_that_never_got_its_mark_is_given_up_after_a_while(
 
 def test_a_trial_that_kills_its_workers_counts_as_failed_in_the_end(study: Study) -> None:
     add_running(study, dead())
-    for number in range(workers.MAX_RETRIES):
+    for number in range(MAX_RETRIES):
         assert reclaim(study) == [number]
         trial = claim(study, {}, 1)
         assert trial is not None
         trial.set_user_attr("worker", dead())
-    assert reclaim(study) == [workers.MAX_RETRIES]
+    assert reclaim(study) == [MAX_RETRIES]
     last = study.trials[-1]
-    assert last.number == workers.MAX_RETRIES
+    assert last.number == MAX_RETRIES
     assert last.user_attrs["failure"] == "its worker was killed, 4 times"
     assert counted(study) == 1
     assert claim(study, {}, 1) is None
 
 
 def test_interruptions_are_no_kills(study: Study) -> None:
-    for _ in range(2 * workers.MAX_RETRIES):
+    for _ in range(2 * MAX_RETRIES):
         trial = claim(study, {}, 1)
         assert trial is not None
         give_back(study, trial)
@@ -493,10 +493,10 @@ def test_what_a_killed_worker_had_not_put_in_the_queue_is_put_there(
     trial = claim(study, KNOBS, 1)
     assert trial is not None
     with monkeypatch.context() as patched:
-        patched.setattr(workers, "_repeat", lambda *args: None)
+        patched.setattr(retries, "repeat", lambda *args: None)
         give_back(study, trial)
     assert claim(study, KNOBS, 1) is None  # it may be on its way
-    monkeypatch.setattr(workers, "_UNREPEATED", workers._UNREPEATED * 0)
+    monkeypatch.setattr(retries, "_UNREPEATED", retries._UNREPEATED * 0)
     again = claim(study, KNOBS, 1)
     assert again is not None and again.params == trial.params
 
@@ -505,7 +505,7 @@ def test_a_trial_that_was_put_in_the_queue_twice_is_repeated_once(study: Study) 
     trial = claim(study, KNOBS, 2)
     assert trial is not None
     give_back(study, trial)
-    workers._repeat(study, study.trials[0])
+    retries.repeat(study, study.trials[0])
     assert run(study, 2) == [1, 3]
     assert counted(study) == 2
     assert study.trials[2].user_attrs["surplus"]
@@ -514,13 +514,13 @@ def test_a_trial_that_was_put_in_the_queue_twice_is_repeated_once(study: Study) 
 def test_a_worker_that_was_taken_for_dead_keeps_what_it_has_told(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     trial = claim(study, KNOBS, 1)
     assert trial is not None
-    end = workers._end
+    end = retries.end
 
     def told_before(*args: Any) -> bool:
         study.tell(trial, 1.0)
         return end(*args)
 
-    monkeypatch.setattr(workers, "_end", told_before)
+    monkeypatch.setattr(retries, "end", told_before)
     monkeypatch.setattr(workers, "is_gone", lambda worker: True)
     assert reclaim(study) == []
     assert states(study) == [TrialState.COMPLETE]
