@@ -303,19 +303,19 @@ class Hyperparameters(nn.Module):
                     f"there is no hyperparameter {name!r} to set; there are {', '.join(self._declarations) or 'none'}."
                 )
             live = getattr(self, name)
-            states = {name: live} if isinstance(live, Tensor) else dict(live.state_dict())
-            given = value.state_dict() if isinstance(value, nn.Module) else value
-            new = {name: given} if isinstance(given, Tensor) else dict(given)
-            shapes, found = ({key: tuple(x.shape) for key, x in each.items()} for each in (states, new))
-            if name in self._transforms and isinstance(given, Tensor):
-                moved = self._transforms[name].inv(given.to(live))
-                new, found = {name: moved}, {name: tuple(moved.shape)}
-            if shapes != found:
+            if isinstance(live, Tensor):
+                wanted = {name: live}
+                given = {name: self._transforms[name].inv(value.to(live))} if isinstance(value, Tensor) else {}
+            else:
+                state = value.state_dict() if isinstance(value, nn.Module) else value
+                wanted = {f"{name}.{key}": x for key, x in live.state_dict().items()}
+                given = {f"{name}.{key}": x for key, x in state.items()} if isinstance(state, Mapping) else {}
+            if _shapes(wanted) != _shapes(given):
                 raise DeclarationError(
-                    f"hyperparameter {name!r} can only be set to what has its shape; it has {shapes}, and {found} was "
-                    "given."
+                    f"hyperparameter {name!r} can only be set to what has its shape, {_shapes(wanted)}; got "
+                    f"{_shapes(given) or type(value).__name__}."
                 )
-            raw.update({name: new[name]} if isinstance(live, Tensor) else {f"{name}.{k}": x for k, x in new.items()})
+            raw.update(given)
         self.load_state_dict(raw, strict=False)
 
     @torch.no_grad()
@@ -338,3 +338,7 @@ class Hyperparameters(nn.Module):
             project = getattr(module, "project_", None)
             if module is not self and callable(project):
                 project()
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(x.shape) for name, x in tensors.items()}

@@ -116,7 +116,8 @@ def check_sqlite(file: Path) -> bool:
 def _sqlite_has_studies(file: Path, mode: str) -> bool:
     escaped = str(file).replace("%", "%25").replace("?", "%3f").replace("#", "%23")
     check = "PRAGMA quick_check(1)" if file.stat().st_size < _CHECKED_BYTES else None
-    return studies_in(f"sqlite:///file:{escaped}?{mode}&uri=true", {"timeout": _BUSY_SECONDS}, 2 * _BUSY_SECONDS, check)
+    url = f"sqlite:///file:{escaped}?{mode}&uri=true"
+    return studies_in(url, str(file), {"timeout": _BUSY_SECONDS}, 2 * _BUSY_SECONDS, check)
 
 
 def check_journal(file: Path) -> None:
@@ -163,8 +164,17 @@ def _fault_of_journal(file: Path) -> tuple[str, bool] | None:
 # ---------------------------------------------------------------------------------------------------------- databases
 
 
-def studies_in(url: str | URL, connect_args: dict[str, Any], seconds: float, check: str | None = None) -> bool:
+def studies_in(
+    url: str | URL, name: str, connect_args: dict[str, Any], seconds: float, check: str | None = None
+) -> bool:
     """Whether a database has Optuna's tables, of whatever version; False where it has none, or not yet all.
+
+    Args:
+        url: of the database.
+        name: what messages call it.
+        connect_args: for its driver.
+        seconds: in which it has to answer.
+        check: a statement that answers ``ok``.
 
     Raises:
         SearchError: it has tables that are not Optuna's, or of a version that wrote down less than what is needed to
@@ -176,7 +186,7 @@ def studies_in(url: str | URL, connect_args: dict[str, Any], seconds: float, che
         if tables <= _all_of_optunas():
             return False  # none, or another process is making them
         raise SearchError(
-            f"a storage is a database of Optuna's, or an empty one; this one has {_some(tables)}, and no studies. "
+            f"a storage is a database of Optuna's, or an empty one; {name!r} has {_some(tables)}, and no studies. "
             "Give the search a database of its own; nothing was changed."
         )
     if revision is not None and made_by is not None:
@@ -184,8 +194,8 @@ def studies_in(url: str | URL, connect_args: dict[str, Any], seconds: float, che
     if made_by in (None, _version()):
         return False  # another process is making them
     raise SearchError(
-        f"the studies were made by Optuna {made_by}, and {_version()} cannot read them. Make a copy, then bring them "
-        "up to date with `optuna storage upgrade --storage URL`; nothing was changed."
+        f"the studies in {name!r} were made by Optuna {made_by}, and {_version()} cannot read them. Make a copy, then "
+        "bring them up to date with `optuna storage upgrade --storage URL`; nothing was changed."
     )
 
 

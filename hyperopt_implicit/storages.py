@@ -125,9 +125,8 @@ def shown(storage: str | BaseStorage | None) -> str:
     if storage is None:
         return "memory"
     if not isinstance(storage, str):
-        inner = getattr(storage, "_backend", storage)
-        url = getattr(inner, "url", None)
-        return shown(url) if isinstance(url, str) else type(inner).__name__
+        url = getattr(getattr(storage, "_backend", storage), "url", None)  # Optuna caches what a database holds
+        return shown(url) if isinstance(url, str) else type(storage).__name__
     text = _HIDDEN.sub(r"\1***", storage)
     if text.partition("://")[0].partition("+")[0] in ("sqlite", "journal"):
         return text
@@ -198,7 +197,7 @@ def _open_database(storage: str, must_exist: bool) -> BaseStorage:
     connect_args = {} if "connect_timeout" in url.query else {"connect_timeout": _CONNECT_SECONDS}
     if kind not in _DRIVERS:
         connect_args = {}
-    complete = studies_in(url, connect_args, _CONNECT_SECONDS + 1.0)
+    complete = studies_in(url, shown(storage), connect_args, _CONNECT_SECONDS + 1.0)
     if must_exist and not complete:
         raise _missing(storage)
     engine = {"pool_pre_ping": True, "connect_args": connect_args}

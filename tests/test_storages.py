@@ -18,7 +18,7 @@ from pathlib import Path
 import optuna
 import pytest
 from optuna.storages import GrpcStorageProxy, InMemoryStorage, JournalStorage, RDBStorage
-from optuna.trial import TrialState
+from optuna.trial import create_trial
 
 from hyperopt_implicit import storage_contents, storages
 from hyperopt_implicit.errors import SearchError
@@ -48,7 +48,7 @@ def a_study(url: str, trials: int = 3) -> None:
     """Make a storage, with a study."""
     study = optuna.create_study(storage=open_storage(url), study_name="before")
     for number in range(trials):
-        study.tell(study.enqueue_trial({"x": number}) or study.get_trials()[-1].number, state=TrialState.FAIL)
+        study.add_trial(create_trial(value=float(number)))
 
 
 # ------------------------------------------------------------------------------------------------------------ opening
@@ -95,10 +95,9 @@ def test_sqlite_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("scheme", ["sqlite", "journal"])
 def test_two_processes_that_make_a_file_at_once(scheme: str, tmp_path: Path) -> None:
-    for attempt in range(3):
-        url = f"{scheme}:///{tmp_path / f'studies-{attempt}'}"
-        ran = at_once(url, 4, tmp_path, workers=3, name=f"study-{attempt}")
-        assert_shared(open_storage(url), ran, 4, name=f"study-{attempt}")
+    url = f"{scheme}:///{tmp_path / 'studies'}"
+    ran = at_once(url, 6, tmp_path, workers=3)
+    assert_shared(open_storage(url), ran, 6)
 
 
 def test_a_database_that_another_process_has_not_finished_is_finished(tmp_path: Path) -> None:
@@ -261,8 +260,8 @@ def header_only(file: Path) -> None:
     [
         (text, r"is an SQLite database; '.*/file' is none, it begins with b'lr,width"),
         (nothing_but_text, r"is none, it begins with b'x'"),
-        (program, "this one has the table invoices, and no studies. Give the search a database of its own"),
-        (program_with_a_log, "this one has the table invoices"),
+        (program, "/file' has the table invoices, and no studies. Give the search a database of its own"),
+        (program_with_a_log, "/file' has the table invoices"),
         (studies_of("v2.6.0.a"), r"no longer compatible.*optuna storage upgrade"),
         (studies_of("v99.0.0.a"), "no longer compatible.*updating optuna to the latest version"),
         (studies_of_long_ago, r"made by Optuna 0\.8\.0, and .* cannot read them.*optuna storage upgrade"),
@@ -285,7 +284,7 @@ def test_a_file_that_holds_something_else_is_left_as_it_is(
 def test_mlflow_s_database_is_left_as_it_is(empty_store: Path, tmp_path: Path) -> None:
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     with unchanged(tmp_path):
-        refused(f"sqlite:///{tmp_path}/mlflow.db", r"this one has the tables .* more, and no studies")
+        refused(f"sqlite:///{tmp_path}/mlflow.db", r"/mlflow.db' has the tables .* more, and no studies")
 
 
 def test_what_a_program_has_only_written_to_its_log_counts(tmp_path: Path) -> None:
@@ -295,7 +294,7 @@ def test_what_a_program_has_only_written_to_its_log_counts(tmp_path: Path) -> No
     connection.commit()
     assert (tmp_path / "file-wal").stat().st_size > 0
     before = (tmp_path / "file").read_bytes(), (tmp_path / "file-wal").read_bytes()
-    refused(f"sqlite:///{tmp_path}/file", "this one has the table invoices")
+    refused(f"sqlite:///{tmp_path}/file", "/file' has the table invoices")
     assert ((tmp_path / "file").read_bytes(), (tmp_path / "file-wal").read_bytes()) == before
     connection.close()
 
@@ -426,7 +425,6 @@ def test_a_damaged_journal_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.
         (b"".join([*lines[:2], b"\x00" * 50 + b"\n", *lines[2:]]), r"damaged: line 3 is b'\\x00"),
         (b"".join([*lines[:2], lines[2][:9], *lines[3:]]), "damaged: line 3"),
         (whole[:-5], f"ends in the middle of line {len(lines)}: .*Remove that line"),
-        (b"".join(lines[1:]), "cannot be used"),  # trials of a study that was never made
     ]:
         file.write_bytes(damaged)
         with unchanged(tmp_path):
@@ -454,7 +452,8 @@ def test_a_journal_can_be_read_by_optuna_alone(tmp_path: Path) -> None:
     a_study(f"journal:///{tmp_path}/file", trials=2)
     backend = optuna.storages.journal.JournalFileBackend(str(tmp_path / "file"))
     assert len(optuna.load_study(study_name="before", storage=JournalStorage(backend)).trials) == 2
-    assert all({"op_code", "worker_id"} <= json.loads(line).keys() for line in (tmp_path / "file").open())
+    lines = (tmp_path / "file").read_text().splitlines()
+    assert all({"op_code", "worker_id"} <= json.loads(line).keys() for line in lines)
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
 
 
@@ -533,7 +532,7 @@ def test_a_driver_that_is_not_installed(
     refused(url, todo)
 
 
-# --------------------------------------------------------------------------------------------------------- what is shown
+# ------------------------------------------------------------------------------------------------------ what is shown
 
 
 @pytest.mark.parametrize(
