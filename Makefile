@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 
 .PHONY: help demo ui test test-slow check lint types docs doctest serve-docs benchmark examples auxiliary clean \
-	benchmark-steady-state benchmark-unrolled benchmark-precision benchmark-peers benchmark-runs benchmark-scaling
+	benchmark-steady-state benchmark-unrolled benchmark-precision benchmark-peers benchmark-runs benchmark-scaling \
+	benchmark-populations
 
 help:
 	@echo "make demo       set up and run the demo: auxiliary learning on digits"
@@ -14,7 +15,7 @@ help:
 	@echo "make test-slow  the long versions"
 	@echo "make check      lint, strict types, docs build, doctests and the code of the docs"
 	@echo "make benchmark  cost of the backends against loops written by hand; writes docs/benchmarks.md"
-	@echo "make benchmark-steady-state, -unrolled, -precision, -peers, -runs, -scaling: the other benchmark pages"
+	@echo "make benchmark-steady-state, -unrolled, -precision, -peers, -runs, -scaling, -populations: other benchmark pages"
 	@echo "make examples   run every example in full; writes docs/examples.md"
 	@echo "make auxiliary  compare all methods for auxiliary learning; writes docs/auxiliary-results.md"
 
@@ -74,6 +75,9 @@ benchmark-peers: $(VENV)/.installed
 
 benchmark-runs: $(VENV)/.installed
 	$(BIN)/python benchmarks/runs.py --write docs
+
+benchmark-populations: $(VENV)/.installed
+	$(BIN)/python benchmarks/populations.py --write docs/benchmarks-populations.md
 
 benchmark-scaling: $(VENV)/.installed
 	$(BIN)/python benchmarks/scaling.py --write

@@ -10,6 +10,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,7 +173,7 @@ def optuna_and_gradients(setting: Setting, log: Log) -> None:
     from optuna.distributions import FloatDistribution
 
     task, trial = setting.task, setting.task.trial
-    lr, weights = task.inner_lr, task.weights
+    lr, weights = task.inner_lr, task.weights.inside()
     watch = Watch(log)
 
     @hi.knob("inner_lr", FloatDistribution(lr.low, lr.high, log=lr.log))
@@ -217,7 +218,7 @@ def gradients_alone(setting: Setting, log: Log) -> None:
         initial = (
             torch.full((setting.size,), task.weights.default)
             if goes_on
-            else task.weights.draw(setting.size, generator)
+            else task.weights.inside().draw(setting.size, generator)
         )
         watch = Watch(log, at_once=goes_on)
         hi.optimize(
@@ -289,7 +290,7 @@ def random_search(setting: Setting, log: Log) -> None:
     optuna_alone(setting, log, "random")
 
 
-# ----------------------------------------------------------------------------------------------------------- the methods
+# ------------------------------------------------------------------------------------------------------- the methods
 
 
 @dataclass(frozen=True)
@@ -332,8 +333,6 @@ def prepare(task: Task, size: int, method: str, seed: int, worker: int, folder: 
     if first is None:
         return Setting(task, size, seed, worker, folder, None)
     storage = JournalStorage(JournalFileBackend(str(folder / "study.log")))
-    try:
+    with suppress(DuplicatedStudyError):  # another worker was faster
         optuna.create_study(study_name=STUDY, storage=storage).enqueue_trial(first(task, size))
-    except DuplicatedStudyError:  # another worker was faster
-        pass
     return Setting(task, size, seed, worker, folder, storage)

@@ -1,15 +1,16 @@
-"""The problems on which ways to search compete, all on real data: decays by feature, data cleaning, auxiliary weights.
+"""The problems on which ways to search compete, on real data: decays by feature, data cleaning, auxiliary weights.
 
-A task gives a method the training and validation data of a seed. Its test data is fetched by ``Task.judge`` alone, which
+A task gives a method the training and validation data of a seed. Test data is looked at by ``Task.judge`` alone, which
 is asked when time is up. The competition itself is in ``search.py``.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,17 @@ class Range:
     high: float
     default: float
     log: bool = True
+
+    def inside(self) -> Range:
+        """Without a tenth of the scale at either end: where gradients begin, which vanish at the very end."""
+        low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
+        margin = 0.1 * (high - low)
+        ends = low + margin, high - margin
+        return (
+            replace(self, low=math.exp(ends[0]), high=math.exp(ends[1]))
+            if self.log
+            else replace(self, low=ends[0], high=ends[1])
+        )
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """So many numbers, uniform on the scale of the range."""
@@ -160,9 +172,12 @@ def decay_loss(features: int, groups: int) -> Loss:
 
 
 def divided(x: Tensor, y: Tensor, sizes: tuple[int, int], seed: int, *, scaled: bool) -> Parts:
-    """A random division, centred (and scaled) by the training samples."""
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
-    training, validation, test = order.tensor_split([sizes[0], sum(sizes)])
+    """A random division, each part with the same share of every class, centred (and scaled) by the training samples."""
+    from sklearn.model_selection import train_test_split
+
+    everything = torch.arange(len(y)).numpy()
+    training, rest = train_test_split(everything, train_size=sizes[0], stratify=y, random_state=seed)
+    validation, test = train_test_split(rest, train_size=sizes[1], stratify=y[rest], random_state=seed)
     x = x - x[training].mean(0)
     if scaled:
         x = x / x[training].std(0).clamp_min(1e-6)
@@ -174,7 +189,7 @@ def cancer(seed: int) -> Parts:
     from sklearn.datasets import load_breast_cancer
 
     x, y = load_breast_cancer(return_X_y=True)
-    return divided(torch.tensor(x, dtype=torch.float32), torch.tensor(y), (40, 350), seed, scaled=True)
+    return divided(torch.tensor(x, dtype=torch.float32), torch.tensor(y), (20, 350), seed, scaled=True)
 
 
 @functools.lru_cache(maxsize=2)
@@ -264,7 +279,7 @@ TASKS = [
         name="cancer",
         title="Breast cancer, a decay by feature",
         about=(
-            "scikit-learn's 569 samples of 30 features, scaled; 40 for training, 350 for validation, 179 for testing. "
+            "scikit-learn's 569 samples of 30 features, scaled; 20 for training, 350 for validation, 199 for testing. "
             "Logistic regression, L = cross-entropy + Σ_j λ_j ‖w_j‖²."
         ),
         seconds=8.0,
@@ -273,8 +288,8 @@ TASKS = [
         loss=functools.partial(decay_loss, 30),
         model=lambda seed: linear(30, 2),
         optimizer=sgd,
-        constraint=constraints.positive,
-        weights=Range(1e-4, 1.0, 1e-2),
+        constraint=constraints.interval(5e-3, 1.0),
+        weights=Range(5e-3, 1.0, 3e-2),
         inner_lr=Range(1e-2, 0.5, 0.1),
         trial=Trial(outer_steps=40, inner_steps=10, outer_lr=0.3, steps=200, look=20),
     ),
@@ -291,8 +306,8 @@ TASKS = [
         loss=functools.partial(decay_loss, 64),
         model=lambda seed: linear(64, 10),
         optimizer=sgd,
-        constraint=constraints.positive,
-        weights=Range(1e-4, 1.0, 1e-2),
+        constraint=constraints.interval(1e-3, 1.0),
+        weights=Range(1e-3, 1.0, 1e-2),
         inner_lr=Range(5e-2, 5.0, 0.5),
         trial=Trial(outer_steps=40, inner_steps=10, outer_lr=0.3, steps=200, look=20),
     ),

@@ -72,7 +72,8 @@ def describe(problem: BilevelProblem) -> Description:
             found[f"type of {label}"] = Same(parametrize.type_before_parametrizations(module))
             found[f"mode of {label}"] = "train" if module.training else "eval"
             for key, value in vars(module).items():
-                if key not in _OWN and not (root is problem.hyperparameters and module is root):
+                refers = isinstance(module, nn.RNNBase) and key.startswith("_flat_weight")  # to its own parameters
+                if key not in _OWN and not refers and not (root is problem.hyperparameters and module is root):
                     hooks = key.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))
                     # hooks are numbered through, over all modules there are
                     found[f"{key!r} of {label}"] = reader.read(list(value.values()) if hooks else value)

@@ -68,7 +68,7 @@ class Members:
         self._frozen: Params = {}
         self._dims: dict[str, int | None] = {}
         for name, (tensors, is_buffer) in rows.items():
-            shared = name not in trained | tuned and all(x is tensors[0] for x in tensors)
+            shared = len(tensors) > 1 and name not in trained | tuned and all(x is tensors[0] for x in tensors)
             stack = tensors[0].detach() if shared else torch.stack([x.detach() for x in tensors])
             if not shared:
                 point(tensors, stack)
@@ -83,12 +83,16 @@ class Members:
             else:
                 self._frozen[name] = stack
 
+    def free(self, member: int) -> None:
+        """Give a member memory of its own; what happens in its place is nobody's from here on."""
+        for tensors, _ in _tensors([self.problems[member]]).values():
+            for tensor in tensors:
+                tensor.data = tensor.detach().clone()
+
     def keep(self, members: Sequence[int]) -> None:
         """Go on with these members only; the others get memory of their own and stay as they are."""
         for i in set(range(len(self))) - set(members):
-            for tensors, _ in _tensors([self.problems[i]]).values():
-                for tensor in tensors:
-                    tensor.data = tensor.detach().clone()
+            self.free(i)
         self.problems = [self.problems[i] for i in members]
         if self.problems:
             self._stack()
@@ -194,10 +198,10 @@ def _tensors(problems: Sequence[BilevelProblem]) -> dict[str, tuple[list[Tensor]
     found: dict[str, tuple[list[Tensor], bool]] = {}
     for problem in problems:
         for prefix, module in (("model", problem.model), ("hyperparameters", problem.hyperparameters)):
-            for name, tensor in module.named_parameters(prefix):
-                found.setdefault(name, ([], False))[0].append(tensor)
-            for name, tensor in module.named_buffers(prefix):
-                found.setdefault(name, ([], True))[0].append(tensor)
+            for name, p in module.named_parameters(prefix):
+                found.setdefault(name, ([], False))[0].append(p)
+            for name, buffer in module.named_buffers(prefix):
+                found.setdefault(name, ([], True))[0].append(buffer)
     return found
 
 

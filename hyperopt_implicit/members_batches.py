@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,10 @@ class Part:
     tensors: list[Tensor]
     dims: list[int | None]
     make: Callable[[Sequence[Tensor]], Any]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Part:
+        """The same with other tensors."""
+        return replace(self, tensors=list(tensors))
 
 
 def put_together(batches: Sequence[Any]) -> list[Part]:
@@ -128,24 +132,35 @@ class MembersStream:
     def __init__(self, streams: Sequence[BatchStream], data: Sequence[Any], generators: Generators) -> None:
         self._streams, self._data, self._generators = list(streams), list(data), generators
         self._shared = _same_lists(data)
+        self._gone: set[int] = set()
         self.is_resident = all(each.is_resident for each in streams)
 
     def keep(self, members: Sequence[int]) -> None:
         """Go on with these members only."""
-        reader = self._streams[0]
+        reader, self._gone = self._streams[0], set()
         self._streams = [self._streams[i] for i in members]
         self._data = [self._data[i] for i in members]
         if self._shared and members:
             self._streams[0] = reader
 
+    def drop(self, member: int) -> None:
+        """Read no more for a member, and give another's batches in its place."""
+        self._gone.add(member)
+
     def next(self) -> list[Any]:
         """The next batch of each member."""
         if self._shared:
             return [self._streams[0].next()] * len(self._streams)
-        found = []
+        found: list[Any] = []
         for i, stream in enumerate(self._streams):
+            if i in self._gone:
+                found.append(None)
+                continue
             with self._of(i, stream):
                 found.append(stream.next())
+        if self._gone:
+            other = next(i for i in range(len(found)) if i not in self._gone)
+            found = [found[other] if i in self._gone else x for i, x in enumerate(found)]
         return found
 
     def peek(self) -> list[Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -39,19 +40,37 @@ class MembersHessian(LossHessian):
             losses = found[0] if len(found) == 1 else torch.stack(found).mean(0)
             super().__init__(losses.sum(), members.params, members.hparams)
         self.losses = losses.detach()
-        decays = [problem.weight_decays for problem in members.problems]
-        names = {name for each in decays for name in each}
-        self._columns = {
-            name: column([each.get(name, 0.0) for each in decays], p)
-            for name, p in members.params.items()
-            if name in names
-        }
+        self._hold_decays(members)
 
-    def _decayed(self, product: Sequence[Tensor], vector: Params) -> Params:
-        found = dict(zip(self._params, product, strict=True))
-        for name, decay in self._columns.items():
-            found[name] = found[name] + decay * vector[name]
-        return found
+    def _hold_decays(self, members: Members) -> None:
+        """The decay of each member and parameter, as rows, where there is any."""
+        self._shapes = members.params
+        self._decay: Tensor | None = None
+        decays = [problem.weight_decays for problem in members.problems]
+        if any(decays):
+            columns = {
+                name: column([each.get(name, 0.0) for each in decays], p).expand_as(p)
+                for name, p in members.params.items()
+            }
+            self._decay = matrix(columns)
+
+    def multiply_rows(self, vectors: Tensor) -> Tensor:
+        """H·vector of each member, a row each."""
+        product = self @ rows_as(vectors, self._shapes)
+        return self._decayed_rows(matrix(product), vectors)
+
+    def multiply_and_mix_rows(self, vectors: Tensor) -> tuple[Tensor, Params]:
+        """The same, and (∂²L/∂λ∂w)·vector."""
+        vector = rows_as(vectors, self._shapes)
+        product = self.multiply_and_mix(vector)
+        return self._decayed_rows(matrix(product), vectors), self.mixed(vector)
+
+    def mixed_rows(self, vectors: Tensor) -> Params:
+        """(∂²L/∂λ∂w)·vector."""
+        return self.mixed(rows_as(vectors, self._shapes))
+
+    def _decayed_rows(self, product: Tensor, vectors: Tensor) -> Tensor:
+        return product if self._decay is None else torch.addcmul(product, self._decay, vectors)
 
 
 class CurvatureOfMembers(MembersOperator):
@@ -64,37 +83,47 @@ class CurvatureOfMembers(MembersOperator):
     """
 
     def __init__(self, hessian: MembersHessian, params: Params, damping: float) -> None:
-        self._hessian, self._params, self._damping = hessian, params, damping
+        self._hessian, self._damping = hessian, damping
         self.columns = {name: p[0].numel() for name, p in params.items()}
         self.products = [0] * len(next(iter(params.values())))
         self._mixed: tuple[Tensor, Params] | None = None
 
     def multiply(self, vectors: Tensor, going: Sequence[bool], *, mix: bool = False) -> Tensor:
         self.products = [count + g for count, g in zip(self.products, going, strict=True)]
-        vector = self.vector(vectors)
         if mix:
-            product = matrix(self._hessian.multiply_and_mix(vector))
-            self._mixed = vectors, self._hessian.mixed(vector)
+            product, mixed = self._hessian.multiply_and_mix_rows(vectors)
+            self._mixed = vectors, mixed
         else:
-            product = matrix(self._hessian @ vector)
-        return product.add_(vectors, alpha=self._damping) if self._damping else product
+            product = self._hessian.multiply_rows(vectors)
+        return product.add(vectors, alpha=self._damping) if self._damping else product
 
     def mixed(self, vectors: Tensor) -> Params:
         """(∂²L/∂λ∂w)·u of each member."""
         if self._mixed is not None and self._mixed[0] is vectors:
             return self._mixed[1]
-        return self._hessian.mixed(self.vector(vectors))
+        return self._hessian.mixed_rows(vectors)
 
-    def vector(self, vectors: Tensor) -> Params:
-        """The rows as parameters."""
-        parts = vectors.split(list(self.columns.values()), dim=1)
-        return {name: part.view(p.shape) for (name, p), part in zip(self._params.items(), parts, strict=True)}
+
+def rows_as(vectors: Tensor, like: Params) -> Params:
+    """Rows as parameters; of the same memory."""
+    parts = vectors.split([p[0].numel() for p in like.values()], dim=1)
+    return {name: part.view(p.shape) for (name, p), part in zip(like.items(), parts, strict=True)}
 
 
 def matrix(vector: Params) -> Tensor:
     """A row a member; memory of its own."""
     parts = [x.flatten(1) if x.dim() > 1 else x.unsqueeze(1) for x in vector.values()]
     return torch.cat(parts, dim=1)
+
+
+class Compiled(Protocol):
+    """What ``members_compiled.py`` offers; None where a kind of batch is not compiled."""
+
+    def validation(self, parts: Sequence[Part]) -> tuple[Tensor, Tensor, Params] | None:
+        """F of each member, ∂F/∂w as rows, and ∂F/∂λ."""
+
+    def hessian(self, batches: Sequence[Sequence[Part]]) -> MembersHessian | None:
+        """The Hessians of all members."""
 
 
 @dataclass
@@ -119,6 +148,7 @@ def hypergradients(
     training: Sequence[Sequence[Part]],
     validation: Sequence[Part],
     states: Sequence[State],
+    compiled: Compiled | None = None,
 ) -> Hypergradients:
     """dF/dλ of each member at its present weights, as ``ImplicitBackend.hypergradient`` gives it alone.
 
@@ -129,20 +159,15 @@ def hypergradients(
         training: the batches over which L is averaged.
         validation: those of F.
         states: what the backend carries for each member.
+        compiled: compiled forms of both losses, where there are.
     """
-    inputs = {("w", name): p for name, p in members.params.items()} | {
-        ("λ", name): p for name, p in members.hparams.items()
-    }
-    with torch.enable_grad():
-        losses = members.validation_losses(members.params, members.hparams, validation)
-        found = gradients(losses.sum(), inputs, create_graph=False)
+    found = compiled.validation(validation) if compiled is not None else None
+    losses, vectors, direct = _validation(members, validation) if found is None else found
     with torch.no_grad():
-        direct = {name: found["λ", name] for name in members.hparams}
-        vectors = matrix({name: found["w", name] for name in members.params})
         starts = norms(vectors)
         alive = [math.isfinite(size) and size > 0.0 for size in starts]
         vectors = chosen(alive, vectors)
-    hessian = MembersHessian(members, training)
+    hessian = (compiled.hessian(training) if compiled is not None else None) or MembersHessian(members, training)
     operator = CurvatureOfMembers(hessian, members.params, damping)
     with torch.no_grad():
         if any(alive):
@@ -154,7 +179,7 @@ def hypergradients(
             solution = MembersSolution(vectors, [Status.CONVERGED] * blank, [0] * blank, [0.0] * blank, list(states))
             total = direct
         sizes = norms(matrix(total))
-        numbers = torch.stack((losses.detach(), hessian.losses)).tolist()
+        numbers = torch.stack((losses, hessian.losses)).tolist()
     rows = {name: x.unbind(0) for name, x in total.items()}
     results = []
     for i in range(len(members)):
@@ -179,6 +204,19 @@ def hypergradients(
             )
         )
     return Hypergradients(total, sizes, results)
+
+
+def _validation(members: Members, parts: Sequence[Part]) -> tuple[Tensor, Tensor, Params]:
+    """F of each member, ∂F/∂w as rows, and the direct term ∂F/∂λ."""
+    inputs = {("w", name): p for name, p in members.params.items()} | {
+        ("λ", name): p for name, p in members.hparams.items()
+    }
+    with torch.enable_grad():
+        losses = members.validation_losses(members.params, members.hparams, parts)
+        found = gradients(losses.sum(), inputs, create_graph=False)
+    with torch.no_grad():
+        vectors = matrix({name: found["w", name] for name in members.params})
+    return losses.detach(), vectors, {name: found["λ", name] for name in members.hparams}
 
 
 def _of(alive: Sequence[bool], x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from hyperopt_implicit.hyperparameters import Value
 from hyperopt_implicit.inner_loop import train_step
 from hyperopt_implicit.members import Members
 from hyperopt_implicit.members_batches import Generators, MembersStream, put_together
+from hyperopt_implicit.members_compiled import CompiledMembers
 from hyperopt_implicit.members_update import MembersOptimizer, OwnOptimizers
 from hyperopt_implicit.plain_training import MOST_BATCHES, MOST_BYTES
 from hyperopt_implicit.snapshot import Snapshot
@@ -104,13 +105,23 @@ class MembersTraining:
         optimizer: theirs.
         stream: of training batches.
         generators: of each member.
+        compiled: a compiled form of the step, where there is one.
+
+    Attributes:
+        gone: members whose places are nobody's any more.
     """
 
     def __init__(
-        self, members: Members, optimizer: MembersOptimizer, stream: MembersStream, generators: Generators
+        self,
+        members: Members,
+        optimizer: MembersOptimizer,
+        stream: MembersStream,
+        generators: Generators,
+        compiled: CompiledMembers | None = None,
     ) -> None:
         self._members, self._optimizer = members, optimizer
-        self._stream, self._generators = stream, generators
+        self._stream, self._generators, self._compiled = stream, generators, compiled
+        self.gone: set[int] = set()
 
     def take(
         self, steps: int, stacked: Params, values: Sequence[dict[str, Value]], before: MembersSnapshot
@@ -152,16 +163,18 @@ class MembersTraining:
         numbers = torch.stack(found).tolist() if found else []
         losses = [[row[i] for row in numbers] for i in range(len(values))]
         for i, own in enumerate(losses):
-            if failure or not all(map(math.isfinite, own)):
+            if i not in self.gone and (failure or not all(map(math.isfinite, own))):
                 losses[i] = self._alone(i, held, values[i], before)
         return losses
 
     def _step(self, batches: list[Any], stacked: Params) -> Tensor:
-        members = self._members
+        members, parts = self._members, put_together(batches)
+        ready = None if self._compiled is None else self._compiled.step(parts, stacked)
+        if ready is not None:
+            self._optimizer.step(dict(zip(members.params, ready[1], strict=True)))
+            return ready[0]
         hparams = {name: x.detach() for name, x in members.hparams.items()}
-        losses = members.training_losses(
-            members.params, hparams, put_together(batches), members.buffers, values=stacked
-        )
+        losses = members.training_losses(members.params, hparams, parts, members.buffers, values=stacked)
         params = list(members.params.values())
         found = torch.autograd.grad(losses.sum(), params, allow_unused=True)
         self._optimizer.step(dict(zip(members.params, found, strict=True)))

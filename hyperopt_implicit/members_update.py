@@ -41,6 +41,7 @@ class MembersOptimizer(ABC):
         stacks: Params,
     ) -> None:
         self._optimizers, self._owned, self._stacks = list(optimizers), [list(each) for each in owned], stacks
+        self._gone: set[int] = set()
         places = {id(p): name for p, name in zip(owned[0], stacks, strict=True)}
         self._names = [
             [places[id(p)] for p in group["params"] if id(p) in places] for group in optimizers[0].param_groups
@@ -72,7 +73,8 @@ class MembersOptimizer(ABC):
         return copy
 
     def free(self, member: int) -> None:
-        """Give a member that leaves memory of its own."""
+        """Give a member that leaves memory of its own; what happens in its place is nobody's from here on."""
+        self._gone.add(member)
         state = self._optimizers[member].state
         for p in self._owned[member]:
             if p in state:
@@ -84,6 +86,8 @@ class OwnOptimizers(MembersOptimizer):
 
     def step(self, gradients: Found) -> None:
         for i, (optimizer, params) in enumerate(zip(self._optimizers, self._owned, strict=True)):
+            if i in self._gone:
+                continue
             for p, grad in zip(params, gradients.values(), strict=True):
                 p.grad = None if grad is None else grad[i].detach()
             optimizer.step()
@@ -148,8 +152,9 @@ class _Vectorised(MembersOptimizer):
         """Make the members' states slices of the stacks."""
         i = self._index[name]
         for key, stack in self._kept[name].items():
-            for row, optimizer, params in zip(stack.unbind(0), self._optimizers, self._owned, strict=True):
-                optimizer.state[params[i]][key] = row
+            for j, row in enumerate(stack.unbind(0)):
+                if j not in self._gone:
+                    self._optimizers[j].state[self._owned[j][i]][key] = row
 
     def release(self, member: int) -> None:
         for name, blank in self._blank.items():

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from hyperopt_implicit.alike import describe, difference, explained
-from hyperopt_implicit.backend import Backend, Spec
+from hyperopt_implicit.backend import Backend, Spec, get_backend
 from hyperopt_implicit.errors import HypergradientError, HyperoptError, LossError
 from hyperopt_implicit.history import Callback, Result
 from hyperopt_implicit.implicit import ImplicitBackend
 from hyperopt_implicit.members import UnvectorisableError
 from hyperopt_implicit.members_batches import Generators, structure
 from hyperopt_implicit.population_check import check_members
+from hyperopt_implicit.population_choice import measured_speedup
 from hyperopt_implicit.population_run import PopulationRun
 from hyperopt_implicit.prepared_run import PreparedRun, RunOptions
 from hyperopt_implicit.problem import BilevelProblem
@@ -30,6 +31,8 @@ from hyperopt_implicit.randomness import random_states, replaying
 from hyperopt_implicit.tracking import Tracking
 
 Outcome = Result | Exception
+
+_LEAST_SPEEDUP = 1.05  # below that, a computation for all of them is not worth its memory
 
 
 @dataclass
@@ -108,7 +111,8 @@ def optimize_population(
     _one_each("knobs", knobs or None, count, {})
     _check_models(problems)
     plan = RunOptions(**options)
-    runs = [PreparedRun(problem, backend, plan, seed) for problem, seed in zip(problems, own_seeds, strict=True)]
+    chosen = get_backend(backend)  # once: looking for what is installed takes longer than all the rest
+    runs = [PreparedRun(problem, chosen, plan, seed) for problem, seed in zip(problems, own_seeds, strict=True)]
     found = Population([])
     outcomes: dict[int, Outcome] = {}
     states: dict[int, list[Tensor] | None] = {}
@@ -125,7 +129,7 @@ def optimize_population(
                         found.groups.append([i])
                     states[i] = None if own_seeds[i] is None else random_states(run.problem.device)
             for group in _grouped(begun, runs, found, knobs):
-                _train(group, runs, states, outcomes, found, vectorise)
+                _train(group, runs, states, outcomes, found, vectorise, compile)
         except BaseException as error:
             for i in begun:
                 if i not in outcomes and not runs[i].closed:
@@ -143,16 +147,25 @@ def _train(
     outcomes: dict[int, Outcome],
     found: Population,
     vectorise: str,
+    compile: bool,
 ) -> None:
     """Train members that are alike: together where that can be done, one by one elsewhere."""
     chosen = [runs[i] for i in group]
     device = chosen[0].problem.device
     if len(group) > 1:
         try:
-            backend = _backend_of_many(chosen[0].outer.backend, [each.problem for each in chosen])
-            together = PopulationRun(chosen, backend, Generators([states[i] for i in group], device))
+            backend = _backend_of_many([each.outer.backend for each in chosen], [each.problem for each in chosen])
+            generators = Generators([states[i] for i in group], device)
+            together = PopulationRun(chosen, backend, generators, compile=compile)
             try:
-                draws = check_members(together.members, *together.peek())
+                training, validation = together.peek()
+                draws = check_members(together.members, training, validation)
+                if vectorise == "auto":
+                    found.speedup = measured_speedup(together.members, training, together.inner_steps)
+                    if found.speedup < _LEAST_SPEEDUP:
+                        raise UnvectorisableError(
+                            f"one computation for all {len(group)} of them would be {found.speedup:.2g} times as fast"
+                        )
             except UnvectorisableError:
                 together.dissolve()
                 raise
@@ -204,13 +217,16 @@ def _batches(run: PreparedRun) -> dict[str, Any]:
     return {"training": structure(loop.training.peek()), "validation": structure(loop.validation.peek())}
 
 
-def _backend_of_many(backend: Backend, problems: Sequence[BilevelProblem]) -> ImplicitBackend:
-    """The backend, as one that can solve for many members.
+def _backend_of_many(backends: Sequence[Backend], problems: Sequence[BilevelProblem]) -> ImplicitBackend:
+    """The backend of all members, as one that can solve for many.
 
     Raises:
         UnvectorisableError: it cannot, and why.
     """
+    backend = backends[0]
     name = type(backend).__name__
+    if any(each != backend for each in backends):
+        raise UnvectorisableError(f"backend {name} is another one for some of the problems")
     if backend.differentiates == "trajectory":
         raise UnvectorisableError(f"backend {name} differentiates through training, step by step")
     if not isinstance(backend, ImplicitBackend):

@@ -19,6 +19,7 @@ from hyperopt_implicit.hyperparameters import Value
 from hyperopt_implicit.implicit import ImplicitBackend
 from hyperopt_implicit.members import Members, column
 from hyperopt_implicit.members_batches import Generators, MembersStream, put_together
+from hyperopt_implicit.members_compiled import CompiledMembers
 from hyperopt_implicit.members_curvature import Hypergradients, hypergradients, matrix
 from hyperopt_implicit.members_solver import norms
 from hyperopt_implicit.members_training import MembersSnapshot, MembersTraining
@@ -38,12 +39,20 @@ class PopulationRun:
         runs: begun, and alike; their problems' tensors are put into stacks.
         backend: with a solver for many.
         generators: a state of torch's generators for each.
+        compile: whether the computation is compiled; the places of members that leave are kept then.
 
     Attributes:
         outcomes: what each run has come to, by its place among ``runs``.
     """
 
-    def __init__(self, runs: Sequence[PreparedRun], backend: ImplicitBackend, generators: Generators) -> None:
+    def __init__(
+        self,
+        runs: Sequence[PreparedRun],
+        backend: ImplicitBackend,
+        generators: Generators,
+        *,
+        compile: bool = False,
+    ) -> None:
         self._runs = list(runs)
         self._backend = backend
         self._generators = generators
@@ -58,6 +67,7 @@ class PopulationRun:
         self._validation = MembersStream(
             [each.validation for each in loops], [each.problem.validation_data for each in runs], generators
         )
+        self._compiled = CompiledMembers(self.members) if compile else None
         self._make()
         self._initial: MembersSnapshot | None = None
         if self._options.restart:
@@ -77,7 +87,8 @@ class PopulationRun:
             [list(each.hparams.values()) for each in problems],
             self.members.hparams,
         )
-        self._steps = MembersTraining(self.members, self._inner, self._training, self._generators)
+        self._steps = MembersTraining(self.members, self._inner, self._training, self._generators, self._compiled)
+        self._live = list(range(len(self._runs)))
         self._good = MembersSnapshot(self.members, self._inner)
         self._good.take()
         for i, each in enumerate(self._runs):
@@ -91,6 +102,11 @@ class PopulationRun:
             for module in each.hyperparameters.modules()
             if module is not each.hyperparameters
         )
+
+    @property
+    def inner_steps(self) -> int:
+        """Steps between two hypergradients."""
+        return self._options.inner_steps
 
     def peek(self) -> tuple[list[Any], list[Any]]:
         """The next training batch and the next validation batch of each member."""
@@ -115,13 +131,13 @@ class PopulationRun:
                 for each, sound in zip(self._runs, self._sound(), strict=True):
                     each.run.is_good = sound
             for step in range(self._options.outer_steps):
-                if not self._runs:
+                if not self._live:
                     return
                 self.advance(step)
-            self._leave(dict.fromkeys(range(len(self._runs))))
+            self._leave(dict.fromkeys(self._live))
         except BaseException as error:
-            for each in self._runs:
-                each.close(error)
+            for i in self._live:
+                self._runs[i].close(error)
             raise
 
     def advance(self, step: int) -> None:
@@ -136,17 +152,16 @@ class PopulationRun:
         found = self._differentiate()
         sound = self._sound()
         taken = [Taken(losses[i], shown[i], found.results[i], found.sizes[i], sound[i]) for i in range(len(self._runs))]
-        lost = [each.run.judge(step, own) for each, own in zip(self._runs, taken, strict=True)]
+        lost = {i: self._runs[i].run.judge(step, taken[i]) for i in self._live}
         applied, ends = self._move(taken, found.gradients)
-        for i, each in enumerate(self._runs):
-            if i not in ends:
-                each.run.settle(step)
+        going = [i for i in self._live if i not in ends]
+        for i in going:
+            self._runs[i].run.settle(step)
         ended = time.perf_counter()
-        share = len(self._runs)
+        share = len(self._live)
         seconds = (trained - started) / share, (ended - trained) / share
-        for i, each in enumerate(self._runs):
-            if i in ends:
-                continue
+        for i in going:
+            each = self._runs[i]
             each.run.seconds += sum(seconds)
             with self._generators.of(i):
                 record = each.run.record(step, taken[i], lost=lost[i], applied=applied[i], seconds=seconds)
@@ -159,17 +174,17 @@ class PopulationRun:
 
     def _begin(self) -> MembersSnapshot:
         """Copy the state in which the step begins; gives the state in which its training does."""
-        good = [each.run.is_good for each in self._runs]
-        if all(good):
+        good = [i for i in self._live if self._runs[i].run.is_good]
+        if len(good) == len(self._live):
             self._good.take()
             before = self._good
         else:  # after a warm-up that was lost; the present state is no place to come back to
             before = MembersSnapshot(self.members, self._inner)
             before.take()
-            self._good.take([i for i, is_good in enumerate(good) if is_good])
+            self._good.take(good)
         if self._initial is not None:
             before = self._initial
-            before.restore(range(len(self._runs)))
+            before.restore(self._live)
         return before
 
     def _values(self) -> tuple[Params, list[dict[str, Value]]]:
@@ -192,33 +207,33 @@ class PopulationRun:
         training = [put_together(self._training.next()) for _ in range(count)]
         validation = put_together(self._validation.next())
         states = [each.outer.state for each in self._runs]
-        found = hypergradients(self.members, self._solve, self._backend.damping, training, validation, states)
+        damping, compiled = self._backend.damping, self._compiled
+        found = hypergradients(self.members, self._solve, damping, training, validation, states, compiled)
         for each, result in zip(self._runs, found.results, strict=True):
             each.outer.carry(result)
         return found
 
-    @torch.no_grad()
     def _move(self, taken: Sequence[Taken], gradients: Params) -> tuple[list[bool], dict[int, Exception | None]]:
         """Move the hyperparameters of all members as ``HyperOptimizer.apply`` does; who moved, and who has failed."""
         ends: dict[int, Exception | None] = {}
-        scales: list[float | None] = []
-        for i, (each, own) in enumerate(zip(self._runs, taken, strict=True)):
+        scales: dict[int, float | None] = {}
+        for i in self._live:
             try:
-                scales.append(each.outer.guard.scale_of(own.result, own.size))
+                scales[i] = self._runs[i].outer.guard.scale_of(taken[i].result, taken[i].size)
             except HypergradientError as error:
-                scales.append(None)
-                ends[i] = error
-        moved = [scale is not None for scale in scales]
+                scales[i], ends[i] = None, error
+        moved = [scales.get(i) is not None for i in range(len(self._runs))]
         before = [x.detach().clone() for x in self.members.hparams.values()]
-        if all(moved):
-            factors = [scale for scale in scales if scale is not None]
-            if any(factor != 1.0 for factor in factors):
-                gradients = {name: x * column(factors, x) for name, x in gradients.items()}
-            self._outer.step(dict(gradients))
-        else:
-            for i, scale in enumerate(scales):
-                if scale is not None:
-                    self._move_alone(i, taken[i], scale)
+        with torch.no_grad():
+            if None not in scales.values():
+                factors = [scales.get(i) or 0.0 for i in range(len(self._runs))]
+                if any(factor != 1.0 for factor in factors):
+                    gradients = {name: x * column(factors, x) for name, x in gradients.items()}
+                self._outer.step(dict(gradients))
+            else:
+                for i, scale in scales.items():
+                    if scale is not None:
+                        self._move_alone(i, taken[i], scale)
         for i, inside in enumerate(self.members.inside()):
             if moved[i] and not inside:
                 self._put_back(before, i)
@@ -228,9 +243,9 @@ class PopulationRun:
                 except HypergradientError as error:
                     ends[i] = error
         if self._projects:
-            for i, problem in enumerate(self.members.problems):
+            for i in self._live:
                 if i not in ends:
-                    problem.hyperparameters.project_()
+                    self.members.problems[i].hyperparameters.project_()
         return moved, ends
 
     def _move_alone(self, member: int, taken: Taken, scale: float) -> None:
@@ -252,20 +267,33 @@ class PopulationRun:
         """Let members go that have come to their end, with an error or without; the others go on."""
         if not ends:
             return
-        rest = [i for i in range(len(self._runs)) if i not in ends]
+        rest = [i for i in self._live if i not in ends]
         for i in ends:
             self._inner.free(i)
             self._outer.free(i)
         leaving = [(self._places[i], self._runs[i], error) for i, error in ends.items()]
-        self._runs, self._places = [self._runs[i] for i in rest], [self._places[i] for i in rest]
-        initial = None if self._initial is None else self._initial
-        self.members.keep(rest)
-        for part in (self._training, self._validation, self._generators):
-            part.keep(rest)
-        if self._runs:
-            self._make()
-            if initial is not None:
-                self._initial = initial.kept(self.members, self._inner, rest)
+        if self._compiled is None or not rest:
+            self._shrink(rest)
+        else:  # for another number of members, all would have to be compiled anew
+            for i in ends:
+                self.members.free(i)
+                self._training.drop(i)
+                self._validation.drop(i)
+                self._steps.gone.add(i)
+            self._live = rest
         for place, each, failure in leaving:
             result = each.close(failure)
             self.outcomes[place] = result if failure is None else failure
+
+    def _shrink(self, rest: list[int]) -> None:
+        """Go on with the rest, in stacks of their own."""
+        initial = self._initial
+        self._runs, self._places = [self._runs[i] for i in rest], [self._places[i] for i in rest]
+        self.members.keep(rest)
+        for part in (self._training, self._validation, self._generators):
+            part.keep(rest)
+        self._live = list(range(len(rest)))
+        if rest:
+            self._make()
+            if initial is not None:
+                self._initial = initial.kept(self.members, self._inner, rest)

@@ -19,43 +19,41 @@ def identity() -> dict[str, Any]:
         machines can share a name and containers a machine. What the system does not tell is None.
 
     Example:
-        >>> from hyperopt_implicit.processes import identity, is_gone
+        >>> from hyperopt_implicit.processes import identity
         >>> sorted(identity())
         ['boot', 'host', 'machine', 'namespace', 'pid', 'started']
-        >>> is_gone(identity())
-        False
     """
     pid = os.getpid()
     return {**_surroundings(), "pid": pid, "started": _started(pid)}
 
 
-def is_gone(process: dict[str, Any]) -> bool:
-    """Whether a process has ended, as far as can be seen from here.
+def lives(process: dict[str, Any]) -> bool | None:
+    """Whether a process is there, as far as can be seen from here.
 
     Args:
         process: an :func:`identity`.
 
     Returns:
-        False as well where nothing can be seen: on another host, or in another container.
+        None where nothing can be seen: on another host, or in another container.
 
     Example:
-        >>> from hyperopt_implicit.processes import identity, is_gone
-        >>> is_gone({**identity(), "host": "elsewhere"})
-        False
+        >>> from hyperopt_implicit.processes import identity, lives
+        >>> lives(identity()), lives({**identity(), "host": "elsewhere"})
+        (True, None)
     """
     here = _surroundings()
     if process.get("host") != here["host"] or process.get("machine") != here["machine"]:
-        return False
+        return None
     if process.get("boot") != here["boot"]:
-        return here["machine"] is not None  # started anew since then, unless it is a namesake
+        return None if here["machine"] is None else False  # started anew since then, unless it is a namesake
     pid = process.get("pid")
     if process.get("namespace") != here["namespace"] or not isinstance(pid, int):
-        return False
+        return None
     try:
         started = _started(pid)
     except ProcessLookupError:
-        return True
-    return process.get("started") is not None and started is not None and process["started"] != started
+        return False
+    return process.get("started") is None or started is None or process["started"] == started
 
 
 @cache

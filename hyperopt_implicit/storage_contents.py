@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -106,15 +109,20 @@ def check_sqlite(file: Path) -> bool:
     # a write-ahead log that is not there would be made by whoever looks; where there is none, nobody writes
     untouched = start[18:] == _WRITE_AHEAD and not Path(f"{file}-wal").exists()
     try:
-        return _sqlite_has_studies(file, "mode=ro&immutable=1" if untouched else "mode=ro")
+        return _sqlite_has_studies(file, file, "mode=ro&immutable=1" if untouched else "mode=ro")
     except OperationalError:
-        if not Path(f"{file}-journal").exists():
+        left = Path(f"{file}-journal")
+        if not left.exists():
             raise
-        return _sqlite_has_studies(file, "mode=ro&immutable=1")  # what a killed process has left is undone later
+        # a process was killed in the middle of a change, which only a writer can undo
+        with tempfile.TemporaryDirectory() as folder:
+            for each in (file, left):
+                shutil.copyfile(each, Path(folder, each.name))
+            return _sqlite_has_studies(file, Path(folder, file.name), "mode=rw")
 
 
-def _sqlite_has_studies(file: Path, mode: str) -> bool:
-    escaped = str(file).replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+def _sqlite_has_studies(file: Path, looked_at: Path, mode: str) -> bool:
+    escaped = str(looked_at).replace("%", "%25").replace("?", "%3f").replace("#", "%23")
     check = "PRAGMA quick_check(1)" if file.stat().st_size < _CHECKED_BYTES else None
     url = f"sqlite:///file:{escaped}?{mode}&uri=true"
     return studies_in(url, str(file), {"timeout": _BUSY_SECONDS}, 2 * _BUSY_SECONDS, check)
@@ -182,6 +190,7 @@ def studies_in(
         Exception: what the driver raises where the database cannot be reached or read.
     """
     tables, made_by, revision = within(seconds, lambda: _look(url, connect_args, check))
+    text = url if isinstance(url, str) else url.render_as_string(hide_password=False)
     if _OPTUNAS - tables:
         if tables <= _all_of_optunas():
             return False  # none, or another process is making them
@@ -190,6 +199,10 @@ def studies_in(
             "Give the search a database of its own; nothing was changed."
         )
     if revision is not None and made_by is not None:
+        try:
+            within(seconds, lambda: _check_version(text, connect_args))
+        except RuntimeError as error:
+            raise SearchError(f"{name!r} cannot be used: {error} Nothing was changed.") from error
         return True
     if made_by in (None, _version()):
         return False  # another process is making them
@@ -217,6 +230,20 @@ def _look(url: str | URL, connect_args: dict[str, Any], check: str | None) -> tu
             if _REVISIONS in tables:
                 revision = connection.execute(text(f"SELECT version_num FROM {_REVISIONS}")).scalar()
     return tables, made_by, revision
+
+
+def _check_version(url: str, connect_args: dict[str, Any]) -> None:
+    from optuna.storages import RDBStorage
+    from sqlalchemy.pool import NullPool
+
+    # nothing is made, and no connection stays open
+    engine = {"poolclass": NullPool, "connect_args": connect_args}
+    RDBStorage(as_template(url), engine_kwargs=engine, skip_table_creation=True)
+
+
+def as_template(url: str) -> str:
+    """A URL for Optuna, which takes braces for fields that it fills in."""
+    return re.sub(r"[{}]", r"\g<0>\g<0>", url)
 
 
 def _all_of_optunas() -> set[str]:

@@ -21,6 +21,7 @@ from hyperopt_implicit.errors import SearchError
 from hyperopt_implicit.messages import nearest
 from hyperopt_implicit.optuna_warnings import accepting_experimental
 from hyperopt_implicit.storage_contents import (
+    as_template,
     check_journal,
     check_place,
     check_sqlite,
@@ -212,17 +213,18 @@ def _open_database(storage: str, must_exist: bool) -> BaseStorage:
 
 
 def _opened(url: URL, engine: dict[str, Any], complete: bool) -> RDBStorage:
-    """Optuna's storage. It makes what is missing in a database that is not complete, and only reads one that is."""
+    """Optuna's storage. It makes what is missing in a database that is not complete; one that is was checked."""
     from optuna.storages import RDBStorage
 
     text = url.render_as_string(hide_password=False)
     with accepting_experimental():  # heartbeats
         kept = RDBStorage(
-            re.sub(r"[{}]", r"\g<0>\g<0>", text),  # Optuna takes the URL for a template
+            as_template(text),
             engine_kwargs=engine,
             heartbeat_interval=HEARTBEAT_SECONDS,
             grace_period=GRACE_SECONDS,
             skip_table_creation=complete,
+            skip_compatibility_check=complete,
         )
     finalize(kept, kept.engine.dispose)
     return kept

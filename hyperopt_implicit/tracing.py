@@ -205,7 +205,7 @@ def program(problem: BilevelProblem, call: Call) -> Program:
     try:
         trace = traced(problem, call)
     except Exception as error:  # whatever the loss does
-        raise UntraceableError(_cause(error)) from error
+        raise UntraceableError(cause_of(error)) from error
     return Program(trace, call)
 
 
@@ -255,7 +255,7 @@ def traced(problem: BilevelProblem, call: Call) -> fx.GraphModule:
     return found
 
 
-def _cause(error: BaseException) -> str:
+def cause_of(error: BaseException) -> str:
     """What stopped a trace, and in which line outside of torch and this library."""
     ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
     lines = [each for each in traceback.extract_tb(error.__traceback__) if not each.filename.startswith((*ours, "<"))]

@@ -7,12 +7,12 @@ it take one place together, so that a study gets as many as were asked for howev
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from hyperopt_implicit.heartbeats import Heartbeat, beat, has_heartbeats, mark, silent
 from hyperopt_implicit.places import (
     FIXED,
     RETRY_OF,
@@ -25,12 +25,10 @@ from hyperopt_implicit.places import (
     repeated,
     visible_trials,
 )
-from hyperopt_implicit.processes import identity, is_gone
+from hyperopt_implicit.processes import identity, lives
 from hyperopt_implicit.retries import end, give_up, give_up_killed, repeat_forgotten
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from optuna.distributions import BaseDistribution
     from optuna.study import Study
     from optuna.trial import FrozenTrial, Trial
@@ -100,13 +98,14 @@ def _begin(study: Study, trials: Sequence[FrozenTrial]) -> Trial:
 
     if any(each.state is TrialState.WAITING for each in trials):
         trial = _ask(study)
-        _mark(study, trial)
+        mark(study, trial)
         return trial
     mine = create_trial(state=TrialState.RUNNING, user_attrs={WORKER: identity()})
     number = study._storage.create_new_trial(study._study_id, template_trial=mine)
     study._thread_local.cached_all_trials = None  # as ``ask`` does: samplers look at the trials that run
     trial = Trial(study, number)
-    _beat(study, trial)
+    if has_heartbeats(study):
+        beat(study, trial)
     return trial
 
 
@@ -131,7 +130,7 @@ def _is_admitted(trials: Sequence[FrozenTrial], trial: Trial, n_trials: int) -> 
 
 
 def _ask(study: Study) -> Trial:
-    if not _has_heartbeats(study):
+    if not has_heartbeats(study):
         return study.ask()
     with warnings.catch_warnings():  # that heartbeats are for Study.optimize; here they are taken care of
         warnings.filterwarnings("ignore", "Heartbeat of storage is supposed", UserWarning)
@@ -161,83 +160,6 @@ def _take_back(study: Study, trial: Trial) -> None:
         study.enqueue_trial(fixed)
 
 
-# ---------------------------------------------------------------------------------------------------- being alive
-
-
-class Heartbeat:
-    """Says that the worker of a trial is alive, as long as the block lasts.
-
-    The trial bears the mark of this process, by which workers on the same host see whether it is gone. Where the
-    storage has heartbeats, a thread records one now and then for those on other hosts.
-
-    Args:
-        study: the study.
-        trial: a running trial; several at once have a heartbeat each.
-
-    Example:
-        >>> import optuna
-        >>> from hyperopt_implicit.workers import Heartbeat, claim
-        >>> study = optuna.create_study()
-        >>> trial = claim(study, {}, n_trials=1)
-        >>> with Heartbeat(study, trial):
-        ...     _ = study.tell(trial, 1.0)
-    """
-
-    def __init__(self, study: Study, trial: Trial) -> None:
-        self._study, self._trial = study, trial
-        self._over = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def __enter__(self) -> Heartbeat:
-        if self._trial.user_attrs.get(WORKER) != identity():
-            _mark(self._study, self._trial)
-        interval = _interval(self._study)
-        if interval is not None:
-            self._thread = threading.Thread(
-                target=self._go_on, args=(interval,), name="hyperopt-implicit-heartbeat", daemon=True
-            )
-            self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._over.set()
-        if self._thread is not None:
-            self._thread.join()
-
-    def _go_on(self, interval: float) -> None:
-        while not self._over.wait(interval):
-            try:
-                _beat(self._study, self._trial)
-            except Exception:  # a server that is away for a while; the next one may get through
-                continue
-
-
-def _mark(study: Study, trial: Trial) -> None:
-    """Note whose trial it is."""
-    _beat(study, trial)
-    trial.set_user_attr(WORKER, identity())
-
-
-def _beat(study: Study, trial: Trial) -> None:
-    storage: Any = study._storage
-    if _has_heartbeats(study):
-        storage.record_heartbeat(trial._trial_id)
-
-
-def _interval(study: Study) -> float | None:
-    storage: Any = study._storage
-    return storage.get_heartbeat_interval() if hasattr(storage, "get_heartbeat_interval") else None
-
-
-def _has_heartbeats(study: Study) -> bool:
-    return _interval(study) is not None
-
-
-# --------------------------------------------------------------------------------------------------- trials given up
-
-
 def give_back(study: Study, trial: Trial, *, reason: str = "interrupted", again: bool = True) -> None:
     """End a running trial without counting it.
 
@@ -262,10 +184,9 @@ def give_back(study: Study, trial: Trial, *, reason: str = "interrupted", again:
 def reclaim(study: Study) -> list[int]:
     """Give up the trials whose worker is gone, and put them in the queue once more, with the same knobs.
 
-    A worker on this host is gone when its process is, on every storage. One on another host, or in another container,
-    is when its heartbeat has stopped for the grace period of the storage; without heartbeats nobody else can tell, and
-    its trials are left for a worker on that host. Of several workers that find the same trial, one puts it in the
-    queue.
+    A worker on this host is gone when its process is. One on another host, or in another container, is when it has
+    given no sign of life for the grace period; where the storage has no heartbeats, that takes two calls which are that
+    far apart. Of several workers that find the same trial, one puts it in the queue.
 
     Args:
         study: the study.
@@ -289,22 +210,17 @@ def reclaim(study: Study) -> list[int]:
 def _give_up_dead(study: Study, trials: Sequence[FrozenTrial]) -> list[int]:
     from optuna.trial import TrialState
 
-    running = [each for each in trials if each.state is TrialState.RUNNING]
-    stale = _stale(study) if running else set()
-    return [
-        each.number
-        for each in running
-        if (each._trial_id in stale or _is_orphan(each)) and give_up_killed(study, each, trials)
-    ]
+    gone, unknown = [], []
+    for each in trials:
+        if each.state is TrialState.RUNNING:
+            worker = each.user_attrs.get(WORKER)
+            alive = lives(worker) if worker is not None else False if _is_old(each) else None
+            if alive is False:
+                gone.append(each)
+            elif alive is None:
+                unknown.append(each)
+    return [each.number for each in [*gone, *silent(study, unknown)] if give_up_killed(study, each, trials)]
 
 
-def _stale(study: Study) -> set[int]:
-    storage: Any = study._storage
-    return set(storage._get_stale_trial_ids(study._study_id)) if _has_heartbeats(study) else set()
-
-
-def _is_orphan(trial: FrozenTrial) -> bool:
-    worker = trial.user_attrs.get(WORKER)
-    if worker is not None:
-        return is_gone(worker)
+def _is_old(trial: FrozenTrial) -> bool:
     return trial.datetime_start is not None and datetime.now() - trial.datetime_start > _UNMARKED

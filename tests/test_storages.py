@@ -325,7 +325,7 @@ def test_what_a_killed_process_has_left_half_done_is_undone(tmp_path: Path) -> N
         assert (folder / "file-journal").stat().st_size > 0
     assert [each.study_name for each in open_storage(f"sqlite:///{tmp_path}/ours/file").get_all_studies()] == ["before"]
     with unchanged(tmp_path / "theirs"):
-        refused(f"sqlite:///{tmp_path}/theirs/file", "")
+        refused(f"sqlite:///{tmp_path}/theirs/file", "/theirs/file' has the table invoices, and no studies")
 
 
 @pytest.mark.parametrize("scheme", ["sqlite", "journal"])
@@ -353,8 +353,10 @@ def test_an_empty_file_has_no_studies(tmp_path: Path) -> None:
 
 _AS_ANOTHER = """
 import os, sys
+import filelock, optuna.storages.journal, sqlalchemy.sql.default_comparator
 from hyperopt_implicit.storages import open_storage
 from hyperopt_implicit.errors import SearchError
+open_storage("sqlite://")  # all that is needed is imported before this user can read it no more
 if os.getuid() == 0:
     os.setgroups([]); os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[1]))
 for url in sys.argv[3:]:

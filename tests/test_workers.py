@@ -17,9 +17,9 @@ from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCal
 from optuna.study import Study
 from optuna.trial import TrialState, create_trial
 
-from hyperopt_implicit import processes, retries, workers
+from hyperopt_implicit import heartbeats, processes, retries, workers
 from hyperopt_implicit.optuna_warnings import accepting_experimental
-from hyperopt_implicit.processes import identity, is_gone
+from hyperopt_implicit.processes import identity, lives
 from hyperopt_implicit.retries import MAX_RETRIES
 from hyperopt_implicit.storages import open_storage
 from hyperopt_implicit.workers import Heartbeat, claim, counted, give_back, origin, reclaim, visible_trials
@@ -292,7 +292,7 @@ def test_a_killed_worker_s_trial_is_repeated_at_once(url: str, tmp_path: Path) -
     with hanging(url, tmp_path) as (process, number):
         assert reclaim(study) == []
         process.send_signal(signal.SIGKILL)
-        while not is_gone(study.trials[number].user_attrs["worker"]):  # the signal is on its way
+        while lives(study.trials[number].user_attrs["worker"]) is not False:  # the signal is on its way
             time.sleep(0.01)
         assert reclaim(study) == [number]
         assert reclaim(study) == []
@@ -353,35 +353,35 @@ def test_a_process_that_has_ended_and_was_not_waited_for_is_gone() -> None:
         assert process.stdout is not None
         process.stdout.read()
         until = time.monotonic() + 60
-        while not is_gone({**identity(), "pid": process.pid, "started": None}) and time.monotonic() < until:
+        while lives({**identity(), "pid": process.pid, "started": None}) is not False and time.monotonic() < until:
             time.sleep(0.01)
         assert process.returncode is None  # nobody has asked
-        assert is_gone({**identity(), "pid": process.pid, "started": None})
+        assert lives({**identity(), "pid": process.pid, "started": None}) is False
 
 
 @pytest.mark.parametrize("name", ["host", "machine", "namespace"])
 def test_of_processes_elsewhere_nothing_is_known(name: str) -> None:
-    assert is_gone(dead())
-    assert not is_gone({**dead(), name: "another"})
+    assert lives(dead()) is False
+    assert lives({**dead(), name: "another"}) is None
 
 
 def test_a_machine_that_was_started_anew_has_none_of_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     here = {**processes._surroundings(), "machine": "abc"}
     monkeypatch.setattr(processes, "_surroundings", lambda: here)
-    assert not is_gone(identity())
-    assert is_gone({**identity(), "boot": "before"})
+    assert lives(identity())
+    assert lives({**identity(), "boot": "before"}) is False
     here["machine"] = None  # a namesake can be on another machine
-    assert not is_gone({**identity(), "boot": "before"})
+    assert lives({**identity(), "boot": "before"}) is None
 
 
 def test_without_proc_a_process_is_known_by_its_pid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "Path", lambda path: Path("/nowhere", path.lstrip("/")))
-    assert not is_gone(identity())
-    assert is_gone(dead())
+    assert lives(identity())
+    assert lives(dead()) is False
     monkeypatch.setattr(processes, "find_spec", lambda name: None)
     assert identity()["started"] is None
-    assert not is_gone(identity())
-    assert is_gone({**dead(), "started": None})
+    assert lives(identity())
+    assert lives({**dead(), "started": None}) is False
 
 
 def short_heartbeats(url: str) -> BaseStorage:
@@ -389,32 +389,56 @@ def short_heartbeats(url: str) -> BaseStorage:
         return RDBStorage(url, heartbeat_interval=1, grace_period=2)
 
 
-@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_worker_on_another_host_is_gone_when_its_heart_stops(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = url_of(kind, tmp_path, request)
-    open_storage(url)
-    storage = short_heartbeats(url)
+    storage = open_storage(url)
+    monkeypatch.setattr(heartbeats, "HEARTBEAT_SECONDS", 1)
+    monkeypatch.setattr(heartbeats, "GRACE_SECONDS", 2)
+    if kind != "journal":
+        storage = short_heartbeats(url)
     study = optuna.create_study(storage=storage, study_name="shared")
-    monkeypatch.setattr(workers, "identity", lambda: {**dead(), "host": "elsewhere"})
-    alive, stopped = claim(study, KNOBS, 3), claim(study, KNOBS, 3)
-    assert alive is not None and stopped is not None
-    monkeypatch.undo()
-    with Heartbeat(study, alive):
-        assert reclaim(study) == []
-        until = time.monotonic() + 60
-        given_up: list[int] = []
-        while not given_up and time.monotonic() < until:
-            time.sleep(0.2)
-            given_up = reclaim(study)
-        assert given_up == [stopped.number]
-        time.sleep(2.5)
-        assert reclaim(study) == []
+    elsewhere = {**dead(), "host": "elsewhere"}
+    with monkeypatch.context() as there:
+        for module in (workers, heartbeats):
+            there.setattr(module, "identity", lambda: elsewhere)
+        alive, stopped = claim(study, KNOBS, 3), claim(study, KNOBS, 3)
+        assert alive is not None and stopped is not None
+        beating = Heartbeat(study, alive)
+        beating.__enter__()
+    assert reclaim(study) == []
+    until = time.monotonic() + 60
+    given_up: list[int] = []
+    while not given_up and time.monotonic() < until:
+        time.sleep(0.2)
+        given_up = reclaim(study)
+    assert given_up == [stopped.number]
+    time.sleep(2.5)
+    assert reclaim(study) == []
     study.tell(alive, 1.0)
+    beating.__exit__(None, None, None)
     assert study.trials[stopped.number].user_attrs["failure"] == "its worker was killed"
     again = claim(study, {}, 3)
     assert again is not None and again.params == stopped.params
+    if isinstance(storage, RDBStorage):
+        storage.engine.dispose()
+
+
+def test_a_worker_that_is_seen_alive_may_be_silent(tmp_path: Path) -> None:
+    """As one is that was asleep together with its machine."""
+    url = f"sqlite:///{tmp_path / 'studies.db'}"
+    open_storage(url)
+    storage = short_heartbeats(url)
+    study = optuna.create_study(storage=storage)
+    trial = claim(study, KNOBS, 1)
+    assert trial is not None
+    until = time.monotonic() + 60
+    while not study._storage._get_stale_trial_ids(study._study_id) and time.monotonic() < until:  # type: ignore[attr-defined]
+        time.sleep(0.2)
+    assert reclaim(study) == []
+    assert states(study) == [TrialState.RUNNING]
     storage.engine.dispose()  # type: ignore[attr-defined]
 
 
@@ -439,8 +463,8 @@ def test_a_heart_beats_on_where_the_database_is_away_for_a_while(monkeypatch: py
         if len(beats) < 3:
             raise ConnectionError("away")
 
-    monkeypatch.setattr(workers, "_interval", lambda study: 0.01)
-    monkeypatch.setattr(workers, "_beat", beat)
+    monkeypatch.setattr(heartbeats, "_interval", lambda study: 0.01)
+    monkeypatch.setattr(heartbeats, "beat", beat)
     with Heartbeat(study, trial):
         until = time.monotonic() + 60
         while len(beats) < 4 and time.monotonic() < until:
@@ -521,7 +545,7 @@ def test_a_worker_that_was_taken_for_dead_keeps_what_it_has_told(study: Study, m
         return end(*args)
 
     monkeypatch.setattr(retries, "end", told_before)
-    monkeypatch.setattr(workers, "is_gone", lambda worker: True)
+    monkeypatch.setattr(workers, "lives", lambda worker: False)
     assert reclaim(study) == []
     assert states(study) == [TrialState.COMPLETE]
     assert counted(study) == 1
