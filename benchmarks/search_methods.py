@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,26 +146,25 @@ def default(task: Task, size: int) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------- gradients in each trial
 
 
-class Watch:
-    """A callback that keeps the model of a run's lowest validation loss, and ends the run when time is up."""
-
-    def __init__(self, log: Log, *, at_once: bool = False) -> None:
-        self.loss = math.inf
-        self.state: Weights = {}
-        self._log, self._at_once = log, at_once
-
-    def __call__(self, record: hi.OuterStep, problem: hi.BilevelProblem) -> bool:
-        if record.step == 0:
-            self.loss = math.inf
-        if record.validation_loss_sweep < self.loss:
-            self.loss, self.state = record.validation_loss_sweep, copied(problem.model)
-            if self._at_once:
-                self._log.add(self.loss, self.state)
-        return self._log.over
+def retrained(task: Task, seed: int, inner_lr: float, results: Iterable[Tensor]) -> tuple[float, Weights]:
+    """The lowest validation loss that a model trained anew has with any of these hyperparameters, and the model."""
+    best, kept = math.inf, Weights()
+    for weights in results:
+        *_, (_, loss, model) = looks(task, seed, weights, inner_lr, only_last=True)
+        if loss < best:
+            best, kept = loss, copied(model)
+    return best, kept
 
 
 def copied(model: nn.Module) -> Weights:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def hyperparameters_of(result: hi.Result) -> list[Tensor]:
+    """Those of the last outer step and, where it is another, of the one with the lowest validation loss."""
+    candidates = [result.hyperparameters["weights"], result.best_hyperparameters["weights"]]
+    tensors = [each for each in candidates if isinstance(each, Tensor)]
+    return tensors[:1] if torch.equal(tensors[0], tensors[1]) else tensors
 
 
 def optuna_and_gradients(setting: Setting, log: Log) -> None:
@@ -174,16 +173,23 @@ def optuna_and_gradients(setting: Setting, log: Log) -> None:
 
     task, trial = setting.task, setting.task.trial
     lr, weights = task.inner_lr, task.weights.inside()
-    watch = Watch(log)
+    kept = Weights()
 
     @hi.knob("inner_lr", FloatDistribution(lr.low, lr.high, log=lr.log))
     @hi.knob("initial", FloatDistribution(weights.low, weights.high, log=weights.log))
     def builder(*, inner_lr: float, initial: float) -> hi.BilevelProblem:
         return task.problem(setting.seed, torch.full((setting.size,), initial), inner_lr)
 
+    def trained_anew(result: hi.Result) -> float:
+        nonlocal kept
+        loss, kept = retrained(
+            task, setting.seed, result.problem.optimizer.param_groups[0]["lr"], hyperparameters_of(result)
+        )
+        return loss
+
     def on_trial(ended: Any) -> None:
         if log.ended(ended.state.name.lower()) and ended.state.name == "COMPLETE":
-            log.add(watch.loss, watch.state)
+            log.add(ended.value, kept)
 
     hi.search(
         builder,
@@ -195,51 +201,62 @@ def optuna_and_gradients(setting: Setting, log: Log) -> None:
         sampler=setting.sampler("tpe"),
         pruner=pruner(task, plain=False),
         seed=setting.seed,
+        objectives=[trained_anew],
         artifacts=setting.folder / "models",
         on_trial=on_trial,
         tracking=False,
         outer_steps=trial.outer_steps,
         inner_steps=trial.inner_steps,
         outer_lr=trial.outer_lr,
-        callbacks=[watch],
+        callbacks=[lambda record, problem: log.over],
     )
 
 
 def gradients_alone(setting: Setting, log: Log) -> None:
     """``hi.optimize`` with the knobs at their defaults.
 
-    The first worker begins at the default hyperparameters and goes on until time is up. The others begin anew, as often
-    as there is time, at hyperparameters drawn from the ranges; their runs are as long as a trial of ours.
+    The first worker begins at the default hyperparameters and goes on until time is up; every so many outer steps as a
+    trial of ours has, a model is trained anew with them. The others begin anew, as often as there is time, at
+    hyperparameters drawn from the ranges; their runs are as long as a trial of ours.
     """
-    task, trial = setting.task, setting.task.trial
+    task, trial, inner_lr = setting.task, setting.task.trial, setting.task.inner_lr.default
     generator = torch.Generator().manual_seed(1000 * setting.seed + setting.worker)
     goes_on = setting.worker == 0
+
+    def note(weights: list[Tensor]) -> None:
+        loss, state = retrained(task, setting.seed, inner_lr, weights)
+        if log.ended("complete"):
+            log.add(loss, state)
+
+    def look(record: hi.OuterStep, problem: hi.BilevelProblem) -> bool:
+        if goes_on and (record.step + 1) % trial.outer_steps == 0:
+            weights = problem.hyperparameters.values()["weights"]
+            note([weights] if isinstance(weights, Tensor) else [])
+        return log.over
+
     while not log.over:
-        initial = (
-            torch.full((setting.size,), task.weights.default)
-            if goes_on
-            else task.weights.inside().draw(setting.size, generator)
-        )
-        watch = Watch(log, at_once=goes_on)
-        hi.optimize(
-            task.problem(setting.seed, initial, task.inner_lr.default),
+        drawn = task.weights.inside().draw(setting.size, generator)
+        result = hi.optimize(
+            task.problem(setting.seed, torch.full_like(drawn, task.weights.default) if goes_on else drawn, inner_lr),
             BACKEND,
             outer_steps=ENDLESS if goes_on else trial.outer_steps,
             inner_steps=trial.inner_steps,
             outer_lr=trial.outer_lr,
             seed=setting.seed,
-            callbacks=[watch],
+            callbacks=[look],
             progress=False,
             tracking=False,
         )
-        if not goes_on and log.ended("complete") and math.isfinite(watch.loss):
-            log.add(watch.loss, watch.state)
+        if not goes_on and not log.over:
+            note(hyperparameters_of(result))
 
 
 # ---------------------------------------------------------------------------------------------------- without gradients
 
 
-def looks(task: Task, seed: int, weights: Tensor, inner_lr: float) -> Iterator[tuple[int, float, nn.Module]]:
+def looks(
+    task: Task, seed: int, weights: Tensor, inner_lr: float, *, only_last: bool = False
+) -> Iterator[tuple[int, float, nn.Module]]:
     """Plain training with fixed hyperparameters: steps so far, validation loss and model, once every few steps.
 
     Nothing but what training needs: the loss as it is, torch's optimizer, no graph at the looks.
@@ -251,13 +268,13 @@ def looks(task: Task, seed: int, weights: Tensor, inner_lr: float) -> Iterator[t
         optimizer.zero_grad()
         loss(model, training, weights=weights).backward()
         optimizer.step()
-        if step % task.trial.look == 0:
+        if step == task.trial.steps or (step % task.trial.look == 0 and not only_last):
             with torch.no_grad():
                 yield step, float(validation_loss(model, validation)), model
 
 
 def optuna_alone(setting: Setting, log: Log, sampler: str) -> None:
-    """Optuna over everything; a trial is a plain training, and its value the lowest validation loss of its looks."""
+    """Optuna over everything; a trial is a plain training, and its value the validation loss at its end."""
     from optuna.trial import TrialState
 
     task = setting.task
@@ -266,20 +283,21 @@ def optuna_alone(setting: Setting, log: Log, sampler: str) -> None:
     while not log.over:
         trial = study.ask(searched)
         weights = torch.tensor([trial.params[f"weight_{i}"] for i in range(setting.size)])
-        best, kept, state = math.inf, Weights(), TrialState.COMPLETE
+        state, value, kept = TrialState.COMPLETE, math.inf, Weights()
         for step, loss, model in looks(task, setting.seed, weights, trial.params["inner_lr"]):
             if log.over or not math.isfinite(loss):
                 state = TrialState.FAIL
                 break
-            if loss < best:
-                best, kept = loss, copied(model)
+            if step == task.trial.steps:
+                value, kept = loss, copied(model)
+                break
             trial.report(loss, step)
             if trial.should_prune():
                 state = TrialState.PRUNED
                 break
-        study.tell(trial, best if state is TrialState.COMPLETE else None, state=state)
+        study.tell(trial, value if state is TrialState.COMPLETE else None, state=state)
         if log.ended(state.name.lower()) and state is TrialState.COMPLETE:
-            log.add(best, kept)
+            log.add(value, kept)
 
 
 def tpe(setting: Setting, log: Log) -> None:

@@ -287,7 +287,8 @@ def protocol(results: Results, tasks: list[Task]) -> list[str]:
         "- **Random search:** the same with Optuna's random sampler.",
         "- **Gradients alone:** `hi.optimize` with the inner learning rate at its default. One process begins at the "
         "default hyperparameters and goes on until time is up. The other begins anew, as often as there is time, at "
-        "values drawn from the ranges, with runs as long as a trial of ours.",
+        "values drawn from the ranges, with runs as long as a trial of ours. A model is trained anew at the end of "
+        "each run, and in the run that goes on after every so many steps.",
         "",
         f"- **The same for all:** ranges (below; drawn on a log scale but for weights between 0 and 1), the default "
         "configuration, which is the first trial of every study, the inner optimizer, and where the others have one, "
@@ -296,9 +297,12 @@ def protocol(results: Results, tasks: list[Task]) -> list[str]:
         "- **The time** begins when both processes have the data in memory and the study open, after each has run the "
         "method once for half a second. Trials that end after it do not count. What a sampler and the storage take is "
         "part of it. Runs are made one after another in random order.",
-        "- **The value of a trial** is its lowest validation loss, and its model the one that had it, for plain "
-        "training as for ours. Pruned trials do not count. What is reported is the test loss of the model with the "
-        "best validation loss so far; the test data is not looked at before time is up.",
+        "- **What is compared** is a configuration: an inner learning rate and hyperparameters. Its validation loss is "
+        "that of a model trained anew with it, for as many steps as a plain trial has, at the end of them; at the end "
+        "of a trial of ours such a model is trained as well (with the last hyperparameters and with those of the best "
+        "outer step), within the trial's time. So models are trained to near convergence in all methods: early "
+        "stopping is no hyperparameter here. Pruned trials do not count. What is reported is the test loss of the "
+        "model with the best validation loss so far; the test data is not looked at before time is up.",
         "- Trials' lengths and the step size of Adam were chosen on seeds from 100 on, which are not reported.",
         "- **Differences** are paired by seed, ± is a standard error over the seeds. Each process had "
         f"{min(shares):.0%} to {max(shares):.0%} of a core (median {statistics.median(shares):.0%}); the rest is "

@@ -290,7 +290,7 @@ TASKS = [
         optimizer=sgd,
         constraint=constraints.interval(5e-3, 1.0),
         weights=Range(5e-3, 1.0, 3e-2),
-        inner_lr=Range(1e-2, 0.5, 0.1),
+        inner_lr=Range(5e-2, 0.5, 0.15),
         trial=Trial(outer_steps=40, inner_steps=10, outer_lr=0.3, steps=200, look=20),
     ),
     Task(
@@ -308,7 +308,7 @@ TASKS = [
         optimizer=sgd,
         constraint=constraints.interval(1e-3, 1.0),
         weights=Range(1e-3, 1.0, 1e-2),
-        inner_lr=Range(5e-2, 5.0, 0.5),
+        inner_lr=Range(0.3, 1.5, 0.7),
         trial=Trial(outer_steps=40, inner_steps=10, outer_lr=0.3, steps=200, look=20),
     ),
     Task(
@@ -329,7 +329,7 @@ TASKS = [
         optimizer=sgd,
         constraint=constraints.unit_interval,
         weights=Range(0.01, 0.99, 0.5, log=False),
-        inner_lr=Range(1e-2, 1.0, 0.1),
+        inner_lr=Range(0.1, 1.0, 0.3),
         trial=Trial(outer_steps=30, inner_steps=5, outer_lr=0.3, steps=100, look=10),
     ),
     Task(
@@ -348,7 +348,7 @@ TASKS = [
         optimizer=adam,
         constraint=constraints.positive,
         weights=Range(1e-3, 10.0, 1.0),
-        inner_lr=Range(1e-3, 3e-2, 5e-3),
+        inner_lr=Range(2e-3, 2e-2, 5e-3),
         trial=Trial(outer_steps=20, inner_steps=10, outer_lr=0.3, steps=200, look=20),
     ),
 ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from hyperopt_implicit.tracking import without_password
+
 out = Console()
 err = Console(stderr=True)
 
@@ -12,7 +14,7 @@ def print_link(link: str | None, uri: str | None) -> None:
     """Where to look at a run; with the command that starts a server, where there is none."""
     if link is None:
         return
-    flag = f" --tracking-uri {uri}" if uri is not None else ""
+    flag = f" --tracking-uri {without_password(uri)}" if uri is not None else ""
     served = link.startswith("http://127.0.0.1:5000")
     prefix = f"MLflow: 'hyperopt-implicit ui{flag}', then " if served else "MLflow: "
     out.print(f"{prefix}{link}", soft_wrap=True, highlight=False)

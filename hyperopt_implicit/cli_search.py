@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.live import Live
@@ -49,8 +49,16 @@ from hyperopt_implicit.local_workers import run_workers
 from hyperopt_implicit.problem import BilevelProblem
 from hyperopt_implicit.search import search
 from hyperopt_implicit.storages import open_storage, shown
-from hyperopt_implicit.studies import DEFAULT_STORAGE, PRUNERS, SAMPLERS, open_study, summaries
-from hyperopt_implicit.tracking import Tracking
+from hyperopt_implicit.studies import (
+    DEFAULT_STORAGE,
+    PRUNERS,
+    SAMPLERS,
+    open_study,
+    pruner_of,
+    sampler_of,
+    summaries,
+)
+from hyperopt_implicit.tracking import Tracking, without_password
 from hyperopt_implicit.trial_table import number, seconds_of, state_of, trial_table
 from hyperopt_implicit.trials import front
 from hyperopt_implicit.workers import counted, visible_trials
@@ -117,6 +125,9 @@ def search_command(
     set_threads(threads)
     builder = _builder(file, problem, device)
     name = study or f"search-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
+    trained_at_once = _population(population)
+    sampler_of(sampler, None)  # names that are unknown are refused here, before there are workers
+    pruner_of(pruner, outer_steps)
     if workers < 1:
         raise CommandError(f"--workers must be a whole number of at least 1; got {workers}.")
     with _resumable(context, name):
@@ -141,7 +152,7 @@ def search_command(
                 pruner=pruner,
                 seed=seed,
                 warm_start_hyperparameters=warm_start,
-                population="auto" if population == "auto" else _whole_number(population),
+                population=trained_at_once,
                 compile=compile,
                 artifacts=artifacts,
                 on_trial=None if is_live else _print_trial,
@@ -198,8 +209,10 @@ def _builder(file: Path, problem: str | None, device: str | None) -> Builder:
     return moved
 
 
-def _whole_number(text: str) -> int:
-    if not text.isdecimal():
+def _population(text: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal() or int(text) < 1:
         raise CommandError(f"--population takes a whole number of at least 1, or 'auto'; got {text!r}.")
     return int(text)
 
@@ -229,7 +242,9 @@ def _resumable(context: typer.Context, name: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        words = [word if word != context.params["storage"] else shown(word) for word in _command(context, name)]
+        kept, uri = context.params["storage"], context.params["tracking_uri"]
+        hidden = {kept: shown(kept)} | ({} if uri is None else {uri: without_password(uri)})
+        words = [hidden.get(word, word) for word in _command(context, name)]
         command = shlex.join(["hyperopt-implicit", *words])
         out.print(f"interrupted; go on with\n  {escape(command)}", soft_wrap=True, highlight=False)
         raise typer.Exit(130) from None

@@ -104,6 +104,33 @@ def places(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     ]
 
 
+def place_of(study: Study, trial: Trial | FrozenTrial) -> int:
+    """Which place a trial takes, from zero: what is drawn by it is drawn again after trials were lost.
+
+    Args:
+        study: the study.
+        trial: one of its trials; all that repeat each other have the same place.
+
+    Returns:
+        How many trials before it were no repetition and had not been handed out in vain.
+
+    Example:
+        >>> import optuna
+        >>> from hyperopt_implicit.places import place_of
+        >>> from hyperopt_implicit.workers import claim, give_back
+        >>> study = optuna.create_study()
+        >>> give_back(study, claim(study, {}, n_trials=2))
+        >>> trials = [claim(study, {}, n_trials=2) for _ in range(2)]
+        >>> [(each.number, place_of(study, each)) for each in trials]
+        [(1, 0), (2, 1)]
+    """
+    first = origin(trial)
+    return sum(
+        each.number < first and origin(each) == each.number and not each.user_attrs.get(SURPLUS)
+        for each in study.get_trials(deepcopy=False)
+    )
+
+
 def history(trial: FrozenTrial) -> list[int]:
     """The numbers of the trials that have had these knobs before."""
     return list(trial.system_attrs.get(HISTORY, []))

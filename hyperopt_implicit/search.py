@@ -129,7 +129,8 @@ def search(
             Optuna's; by default TPE. A name is seeded with ``seed``.
         pruner: a name (``"median"``, ``"hyperband"``, ``"successive_halving"``, ``"none"``) or any pruner of Optuna's;
             by default the median pruner, which acts from the sixth trial on.
-        seed: for the sampler, and plus the trial's number for each trial.
+        seed: for the sampler, and plus the trial's place in the study for each trial; its number, unless trials were
+            lost before it.
         objectives: what is minimised: ``"validation_loss"``, ``"seconds"``, or functions of a trial's :class:`Result`.
             With several, the result has the Pareto front, and nothing is pruned.
         constraints: functions of a trial's :class:`Result` by name, which must be at most zero in the best trial.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from hyperopt_implicit.run_record import figures_of, source_of, source_tags, versions
 from hyperopt_implicit.tracking import Tracker, Tracking, without_password
 from hyperopt_implicit.trials import front
-from hyperopt_implicit.workers import visible_trials
+from hyperopt_implicit.workers import is_lost, visible_trials
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hyperopt_implicit.history import Result
     from hyperopt_implicit.knob_space import KnobSpace
 
+_TRIAL = "trial"  # the tag of a nested run with its trial's number
 _WAIT_SECONDS = 30.0  # for the worker that has made the study, to begin its run
 
 
@@ -68,6 +69,7 @@ class SearchRecord:
             run_name=f"{self._config.run_name or 'trial'}-{trial.number}",
             parent_run_id=self.run_id,
             figures=False,
+            tags={**self._config.tags, _TRIAL: str(trial.number)},
             params={
                 **self._config.params,
                 "trial": trial.number,
@@ -100,7 +102,9 @@ class SearchRecord:
 
         if self._config is None:
             return
-        if error is None and any(each.state is TrialState.RUNNING for each in self._study.get_trials(deepcopy=False)):
+        trials = self._study.get_trials(deepcopy=False)
+        self._tracker.kill_nested(_TRIAL, [str(each.number) for each in trials if is_lost(each)])
+        if error is None and any(each.state is TrialState.RUNNING for each in trials):
             self._tracker.leave()
             return
         found = front(self._study)

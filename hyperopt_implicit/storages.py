@@ -276,7 +276,7 @@ def _open_sqlite(storage: str, url: URL, must_exist: bool) -> BaseStorage:
         return _opened(url, {}, complete=False)
     file = Path(url.database).absolute()
     check_place(file, "an sqlite storage")
-    url, engine = url.set(database=str(file)), {"connect_args": {"timeout": _LOCK_SECONDS}}
+    engine = {"connect_args": {"timeout": _LOCK_SECONDS}}
     if not (file.exists() and check_sqlite(file)):
         if must_exist:
             raise _missing(storage)

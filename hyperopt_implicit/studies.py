@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hyperopt_implicit.errors import SearchError
 from hyperopt_implicit.messages import first_line, nearest
 from hyperopt_implicit.optuna_warnings import accepting_experimental
+from hyperopt_implicit.places import place_of
 from hyperopt_implicit.storages import open_storage, shown
 
 if TYPE_CHECKING:
@@ -206,10 +207,10 @@ def _short(described: Mapping[str, Any] | None) -> str:
 
 
 def sampler_of(sampler: str | BaseSampler | None, seed: int | None) -> BaseSampler:
-    """An instance as it is; a name as that sampler of Optuna's, seeded for each trial by ``seed`` and its number.
+    """An instance as it is; a name as that sampler of Optuna's, seeded for each trial by ``seed`` and its place.
 
-    So trial k draws the same whether the study was interrupted or not, and other knobs than its neighbours whoever
-    else draws at the same time. Samplers that follow one sequence (``qmc``) have the same seed throughout.
+    So the k-th trial draws the same whether the study was interrupted or not, and other knobs than its neighbours,
+    whoever else draws at the same time. Samplers that follow one sequence (``qmc``) have the same seed throughout.
 
     Raises:
         SearchError: the name is unknown, or the sampler needs a package that is not installed.
@@ -232,7 +233,7 @@ def sampler_of(sampler: str | BaseSampler | None, seed: int | None) -> BaseSampl
         raise SearchError(f"sampler {sampler!r} cannot be used: {first_line(error)}") from error
     if sampler == "qmc":
         return make(seed=seed)
-    return _seeded_by_trial(lambda number: make(seed=_mixed(seed, number)))
+    return _seeded_by_trial(lambda place: make(seed=_mixed(seed, place)))
 
 
 def pruner_of(pruner: str | BasePruner | None, outer_steps: int) -> BasePruner:
@@ -263,7 +264,7 @@ def _known(what: str, name: str, names: Mapping[str, str]) -> str:
 
 
 def _seeded_by_trial(make: Callable[[int], BaseSampler]) -> BaseSampler:
-    """A sampler that is made anew for each trial, from its number."""
+    """A sampler that is made anew for each trial, from its place in the study."""
     from optuna.samplers import BaseSampler as Base
 
     class SeededByTrial(Base):
@@ -276,7 +277,7 @@ def _seeded_by_trial(make: Callable[[int], BaseSampler]) -> BaseSampler:
             return str(self.now)
 
         def before_trial(self, study: Any, trial: Any) -> None:
-            self.now = make(trial.number)
+            self.now = make(place_of(study, trial))
             self.now.before_trial(study, trial)
 
         def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, BaseDistribution]:
@@ -294,11 +295,11 @@ def _seeded_by_trial(make: Callable[[int], BaseSampler]) -> BaseSampler:
     return SeededByTrial()
 
 
-def _mixed(seed: int, number: int) -> int:
+def _mixed(seed: int, place: int) -> int:
     """A seed for a trial; searches with neighbouring seeds have none in common."""
     import numpy as np
 
-    return int(np.random.SeedSequence([abs(seed), int(seed < 0), number]).generate_state(1)[0])
+    return int(np.random.SeedSequence([abs(seed), int(seed < 0), place]).generate_state(1)[0])
 
 
 def name_of(sampler: BaseSampler) -> str:

@@ -19,7 +19,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -126,6 +126,7 @@ class Tracker:
         self.run_id: str | None = None
         self.run_link: str | None = None
         self._sender: Sender | None = None
+        self._receiver: _MlflowRun | None = None
         self._monitor: Any = None
         if config is None:
             return
@@ -135,7 +136,7 @@ class Tracker:
         try:
             with _alone(config.resolved_uri):
                 receiver = _within(_START_SECONDS, lambda: _MlflowRun(config, tags, resume))
-            self.run_id = receiver.run_id
+            self._receiver, self.run_id = receiver, receiver.run_id
             self.run_link = run_link(config.resolved_uri, receiver.experiment_id, receiver.run_id)
         except Exception as error:  # tracking must not cost the run anything, whatever a server or database answers
             failure = f"{without_password(config.resolved_uri)} could not be used ({first_line(error)})"
@@ -164,6 +165,11 @@ class Tracker:
     def set_tag(self, name: str, value: str) -> None:
         if self._sender is not None:
             self._sender.put_tags({name: value})
+
+    def kill_nested(self, tag: str, values: Sequence[str]) -> None:
+        """End the nested runs with one of these values of a tag as killed: nobody else ends them any more."""
+        if self._sender is not None and self._receiver is not None and values:
+            self._sender.put_job(functools.partial(self._receiver.kill_nested, tag, values))
 
     def leave(self) -> None:
         """Send what is left, and let the run go on: others log to it."""
@@ -359,6 +365,14 @@ class _MlflowRun:
 
     def end(self, status: str) -> None:
         self.client.set_terminated(self.run_id, status)
+
+    def kill_nested(self, tag: str, values: Sequence[str]) -> None:
+        with suppress(Exception):  # a run that stays open costs nobody anything
+            for value in values:
+                wanted = f"tags.`mlflow.parentRunId` = '{self.run_id}' and tags.`{tag}` = '{value}'"
+                for run in self.client.search_runs([self.experiment_id], wanted):
+                    if run.info.status in ("RUNNING", "FINISHED"):
+                        self.client.set_terminated(run.info.run_id, "KILLED")
 
     def _experiment(self, name: str) -> str:
         found = self.client.get_experiment_by_name(name)

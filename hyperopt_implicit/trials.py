@@ -19,11 +19,12 @@ from hyperopt_implicit.knob_space import KnobSpace
 from hyperopt_implicit.messages import warn
 from hyperopt_implicit.optimize import optimize
 from hyperopt_implicit.optuna_warnings import accepting_experimental
+from hyperopt_implicit.places import place_of
 from hyperopt_implicit.population import optimize_population
 from hyperopt_implicit.problem import BilevelProblem
 from hyperopt_implicit.reporting import Pace, Reporter
 from hyperopt_implicit.tracking import Tracking
-from hyperopt_implicit.workers import Heartbeat, give_back, origin
+from hyperopt_implicit.workers import Heartbeat, give_back
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -47,7 +48,7 @@ class TrialPlan:
 
     Attributes:
         space: where knobs and problems come from.
-        seed: plus a trial's number, its seed.
+        seed: plus the place of a trial in the study, its seed.
         options: of :func:`hyperopt_implicit.optimize`.
         objectives: what is minimised, by name.
         constraints: what must be at most zero, by name.
@@ -126,7 +127,7 @@ class TrialRunner:
 
     def _built(self, trial: Trial) -> _Running | None:
         plan = self.plan
-        seed = None if plan.seed is None else plan.seed + origin(trial)
+        seed = None if plan.seed is None else plan.seed + place_of(self.study, trial)
         try:
             problem = plan.space.build(trial.params, seed)
         except plan.catch as error:

@@ -9,11 +9,48 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import BaseStorage
+from optuna.study import Study
 from optuna.trial import TrialState
+
+from hyperopt_implicit.workers import Heartbeat, claim
+
+from .postgres import Postgres
+
+KNOBS = {
+    "lr": FloatDistribution(0.01, 1.0, log=True),
+    "layers": IntDistribution(1, 9, step=2),
+    "width": CategoricalDistribution([64, 128]),
+}
+
+KINDS = ["sqlite", "journal", "postgresql"]
 
 _PROGRAM = Path(__file__).with_name("worker_process.py")
 _SECONDS = 240.0  # before a worker that hangs fails its test
+
+
+def url_of(kind: str, folder: Path, request: pytest.FixtureRequest) -> str:
+    """A storage of that kind that is not there yet."""
+    if kind != "postgresql":
+        return f"{kind}:///{folder / 'studies'}"
+    server: Postgres = request.getfixturevalue("postgres")
+    return server.new_database()
+
+
+def run(study: Study, n_trials: int) -> list[int]:
+    """Claim and tell until there is nothing to claim; the numbers of the trials."""
+    ran = []
+    while (trial := claim(study, KNOBS, n_trials)) is not None:
+        with Heartbeat(study, trial):
+            ran.append(trial.number)
+            study.tell(trial, trial.params["lr"])
+    return ran
+
+
+def states(study: Study) -> list[TrialState]:
+    return [each.state for each in study.get_trials(deepcopy=False)]
 
 
 def start(task: str, url: str, n_trials: int, go: Path, name: str = "shared") -> subprocess.Popen[str]:

@@ -1,0 +1,91 @@
+"""What a trial reports, and what ends it: the pruner, a signal, and nothing else."""
+
+from __future__ import annotations
+
+import math
+import signal
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hyperopt_implicit.interrupts import Interrupt
+from hyperopt_implicit.reporting import Pace, Reporter
+
+
+class Trial:
+    """Takes note of reports; prunes from a step on."""
+
+    def __init__(self, prunes_at: float = math.inf) -> None:
+        self.reports: dict[int, float] = {}
+        self._prunes_at = prunes_at
+
+    def report(self, value: float, step: int) -> None:
+        self.reports[step] = value
+
+    def should_prune(self) -> bool:
+        return max(self.reports) >= self._prunes_at
+
+
+def reporter(trial: Trial, every: int | None = 1, outer_steps: int = 6, **options: Any) -> Reporter:
+    study: Any = SimpleNamespace(user_attrs={}, set_user_attr=lambda name, value: None)
+    settings = {"interrupt": Interrupt(), "prunes": True, **options}
+    return Reporter(trial, Pace(study, outer_steps, every), **settings)  # type: ignore[arg-type]
+
+
+def run(made: Reporter, losses: list[float]) -> int:
+    """How many steps are made until it says stop."""
+    for i, loss in enumerate(losses):
+        step: Any = SimpleNamespace(step=i, validation_loss_sweep=loss)
+        problem: Any = None
+        if made(step, problem):
+            return i + 1
+    return len(losses)
+
+
+@pytest.mark.parametrize(("every", "steps"), [(1, [0, 1, 2, 3, 4, 5]), (2, [1, 3, 5]), (4, [3]), (7, [])])
+def test_reports_are_made_at_the_pace(every: int, steps: list[int]) -> None:
+    trial = Trial()
+    losses = [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
+    assert run(reporter(trial, every), losses) == 6
+    assert trial.reports == {step: losses[step] for step in steps}
+
+
+def test_losses_that_are_not_finite_are_not_reported() -> None:
+    trial = Trial()
+    run(reporter(trial), [1.0, math.nan, math.inf, 0.5])
+    assert trial.reports == {0: 1.0, 3: 0.5}
+
+
+def test_pruner_ends_a_trial() -> None:
+    made = reporter(Trial(prunes_at=2))
+    assert run(made, [1.0] * 6) == 3
+    assert (made.pruned, made.interrupted) == (True, False)
+
+
+def test_several_objectives_are_neither_reported_nor_pruned() -> None:
+    trial = Trial(prunes_at=0)
+    made = reporter(trial, prunes=False)
+    assert run(made, [1.0] * 6) == 6
+    assert trial.reports == {}
+    assert not made.pruned
+
+
+@pytest.mark.parametrize("prunes", [True, False])
+def test_signal_ends_a_trial_after_the_step(prunes: bool) -> None:
+    interrupt = Interrupt(signal.SIGINT)
+    made = reporter(Trial(), interrupt=interrupt, prunes=prunes)
+    assert run(made, [1.0] * 6) == 1
+    assert (made.pruned, made.interrupted) == (False, True)
+
+
+def test_signal_in_the_last_step_lets_the_trial_count() -> None:
+    made = reporter(Trial(), interrupt=Interrupt(signal.SIGINT), outer_steps=1)
+    assert run(made, [1.0]) == 1
+    assert not made.interrupted
+
+
+def test_trial_that_is_pruned_in_the_step_of_a_signal_counts_as_pruned() -> None:
+    made = reporter(Trial(prunes_at=0), interrupt=Interrupt(signal.SIGINT))
+    assert run(made, [1.0] * 6) == 1
+    assert (made.pruned, made.interrupted) == (True, False)
