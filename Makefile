@@ -6,7 +6,7 @@ JOBS ?= 2
 
 .PHONY: help demo ui test test-slow check lint types docs doctest serve-docs benchmark examples auxiliary clean \
 	benchmark-steady-state benchmark-unrolled benchmark-precision benchmark-peers benchmark-runs benchmark-scaling \
-	benchmark-populations
+	benchmark-populations benchmark-search
 
 help:
 	@echo "make demo       set up and run the demo: auxiliary learning on digits"
@@ -15,7 +15,7 @@ help:
 	@echo "make test-slow  the long versions"
 	@echo "make check      lint, strict types, docs build, doctests and the code of the docs"
 	@echo "make benchmark  cost of the backends against loops written by hand; writes docs/benchmarks.md"
-	@echo "make benchmark-steady-state, -unrolled, -precision, -peers, -runs, -scaling, -populations: other benchmark pages"
+	@echo "make benchmark-steady-state, -unrolled, -precision, -peers, -runs, -scaling, -populations, -search: other pages"
 	@echo "make examples   run every example in full; writes docs/examples.md"
 	@echo "make auxiliary  compare all methods for auxiliary learning; writes docs/auxiliary-results.md"
 
@@ -81,6 +81,9 @@ benchmark-populations: $(VENV)/.installed
 
 benchmark-scaling: $(VENV)/.installed
 	$(BIN)/python benchmarks/scaling.py --write
+
+benchmark-search: $(VENV)/.installed
+	$(BIN)/python benchmarks/search.py --write docs/benchmarks-search.md
 
 examples: $(VENV)/.installed
 	$(BIN)/python benchmarks/examples.py docs/examples.md

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from optuna.study import Study
 
-BACKEND = "cg"
 STUDY = "race"
 ENDLESS = 10**9
 
@@ -182,6 +181,8 @@ def optuna_and_gradients(setting: Setting, log: Log) -> None:
 
     def trained_anew(result: hi.Result) -> float:
         nonlocal kept
+        if log.over:  # it will not count, and fails as a trial without a finite loss
+            return math.inf
         loss, kept = retrained(
             task, setting.seed, result.problem.optimizer.param_groups[0]["lr"], hyperparameters_of(result)
         )
@@ -191,25 +192,30 @@ def optuna_and_gradients(setting: Setting, log: Log) -> None:
         if log.ended(ended.state.name.lower()) and ended.state.name == "COMPLETE":
             log.add(ended.value, kept)
 
-    hi.search(
-        builder,
-        BACKEND,
-        n_trials=ENDLESS,
-        timeout=log.deadline.seconds,
-        study_name=STUDY,
-        storage=setting.storage,
-        sampler=setting.sampler("tpe"),
-        pruner=pruner(task, plain=False),
-        seed=setting.seed,
-        objectives=[trained_anew],
-        artifacts=setting.folder / "models",
-        on_trial=on_trial,
-        tracking=False,
-        outer_steps=trial.outer_steps,
-        inner_steps=trial.inner_steps,
-        outer_lr=trial.outer_lr,
-        callbacks=[lambda record, problem: log.over],
-    )
+    try:
+        hi.search(
+            builder,
+            trial.backend,
+            n_trials=ENDLESS,
+            timeout=max(log.deadline.seconds - log.deadline.now(), 1e-3),
+            study_name=STUDY,
+            storage=setting.storage,
+            sampler=setting.sampler("tpe"),
+            pruner=pruner(task, plain=False),
+            seed=setting.seed,
+            objectives=[trained_anew],
+            artifacts=setting.folder / "models",
+            on_trial=on_trial,
+            tracking=False,
+            outer_steps=trial.outer_steps,
+            inner_steps=trial.inner_steps,
+            outer_lr=trial.outer_lr,
+            warmup_steps=trial.warmup_steps,
+            callbacks=[lambda record, problem: log.over],
+        )
+    except hi.SearchError:
+        if not log.over:  # that no trial has ended in time is a result like others
+            raise
 
 
 def gradients_alone(setting: Setting, log: Log) -> None:
@@ -238,10 +244,11 @@ def gradients_alone(setting: Setting, log: Log) -> None:
         drawn = task.weights.inside().draw(setting.size, generator)
         result = hi.optimize(
             task.problem(setting.seed, torch.full_like(drawn, task.weights.default) if goes_on else drawn, inner_lr),
-            BACKEND,
+            trial.backend,
             outer_steps=ENDLESS if goes_on else trial.outer_steps,
             inner_steps=trial.inner_steps,
             outer_lr=trial.outer_lr,
+            warmup_steps=trial.warmup_steps,
             seed=setting.seed,
             callbacks=[look],
             progress=False,

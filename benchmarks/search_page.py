@@ -8,9 +8,9 @@ import statistics
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from search_methods import BACKEND, METHODS
+from search_methods import METHODS
 from versions import versions_line
 
 if TYPE_CHECKING:
@@ -54,9 +54,16 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 
 def difference(results: Results, task: str, other: str, size: int, what: What = _test) -> tuple[float, float]:
-    """By how much ours is lower: mean over the seeds and its standard error, seeds being paired."""
+    """By how much ours is lower: mean over the seeds and its standard error, seeds being paired.
+
+    Infinite where one of the two has found nothing for some seed; where neither has, ours has not won.
+    """
     ours, theirs = (ends(results.of(task, method, size), what) for method in ("ours", other))
-    return mean_and_error([b - a if math.isfinite(b) else math.inf for a, b in zip(ours, theirs, strict=True)])
+    if not all(map(math.isfinite, ours)):
+        return -math.inf, math.nan
+    if not all(map(math.isfinite, theirs)):
+        return math.inf, math.nan
+    return mean_and_error([b - a for a, b in zip(ours, theirs, strict=True)])
 
 
 def wins(found: tuple[float, float]) -> bool:
@@ -85,7 +92,8 @@ def from_which_size(results: Results, task: Task) -> str:
         first = first_size(results, task, what)
         if first is None:
             mean, error = difference(results, task.name, "tpe", task.sizes[-1], what)
-            said.append(f"the lower {name} loss at no number that was tried ({mean:+.4f} ± {error:.4f} at the largest)")
+            at_largest = f" ({mean:+.4f} ± {error:.4f} at the largest)" if math.isfinite(mean) else ""
+            said.append(f"the lower {name} loss at no number that was tried{at_largest}")
         elif first == min(task.sizes):
             said.append(f"the lower {name} loss at every number that was tried")
         else:
@@ -281,7 +289,7 @@ def protocol(results: Results, tasks: list[Task]) -> list[str]:
         "A seed decides the division of the data, the model's initial weights and what samplers draw.",
         "",
         "- **Optuna outside, gradients inside** (ours): `hi.search`. Optuna searches the inner learning rate and the "
-        f"hyperparameters' common initial value; in each trial they move by gradient (`{BACKEND}`, Adam).",
+        "hyperparameters' common initial value; in each trial they move by gradient (Adam).",
         "- **Optuna alone:** Optuna searches the inner learning rate and every hyperparameter. A trial is a plain "
         "training loop in PyTorch: no hypergradient, no tracking, no graph where the validation loss is looked at.",
         "- **Random search:** the same with Optuna's random sampler.",
@@ -314,15 +322,28 @@ def protocol(results: Results, tasks: list[Task]) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for task in tasks:
-        trial, seconds = task.trial, sorted({r.job.seconds for r in results.runs if r.job.task == task.name})
-        lines.append(
-            f"| {task.title} | {task.about} | {task.sizes[-1]} in [{task.weights.low:g}, {task.weights.high:g}], "
-            f"{task.weights.default:g} by default | {task.inner_lr.low:g} to {task.inner_lr.high:g}, "
-            f"{task.inner_lr.default:g} by default | {trial.outer_steps} outer steps of {trial.inner_steps} steps, "
-            f"outer lr {trial.outer_lr:g} | {trial.steps} steps, {trial.steps // trial.look} looks | "
-            f"{', '.join(f'{each:g}' for each in seconds)} |"
-        )
+        trial, weights, lr = task.trial, task.weights, task.inner_lr
+        seconds = sorted({run.job.seconds for run in results.runs if run.job.task == task.name})
+        warmup = f"{trial.warmup_steps} training steps, then " if trial.warmup_steps else ""
+        cells = [
+            task.title,
+            task.about,
+            f"{task.sizes[-1]} in [{weights.low:g}, {weights.high:g}], {weights.default:g} by default",
+            f"{lr.low:g} to {lr.high:g}, {lr.default:g} by default",
+            f"{warmup}{trial.outer_steps} outer steps after {trial.inner_steps} training steps each, outer lr "
+            f"{trial.outer_lr:g}, `{_spec(trial.backend)}`",
+            f"{trial.steps} steps, {trial.steps // trial.look} looks",
+            ", ".join(f"{each:g}" for each in seconds),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
+
+
+def _spec(backend: Any) -> str:
+    if not isinstance(backend, dict):
+        return str(backend)
+    options = ", ".join(f"{name}={value}" for name, value in backend.items() if name != "name")
+    return f"{backend['name']}({options})"
 
 
 def write(results: Results, tasks: list[Task], path: Path) -> None:

@@ -11,7 +11,7 @@ from hyperopt_implicit.kept_trials import KeptTrials
 from hyperopt_implicit.knob_space import Builder, KnobSpace
 from hyperopt_implicit.problem import BilevelProblem
 from hyperopt_implicit.studies import DEFAULT_STORAGE, open_study
-from hyperopt_implicit.trials import front
+from hyperopt_implicit.telling import front, objective_names
 
 if TYPE_CHECKING:
     from optuna.artifacts._protocol import ArtifactStore
@@ -76,9 +76,9 @@ def load_best(
             f"trial {best.number} of study {study_name!r} was run without keeping its model; run its knobs again "
             f"({best.params})."
         )
-    problem = KnobSpace.of(builder, "neumann").build(best.params)
+    problem = KnobSpace.of(builder, "neumann").build(best.params, state.seed)
     problem.model.load_state_dict(state.model)
     problem.hyperparameters.load_values(state.hyperparameters)
     problem.sync_optimizer()
-    names = study.metric_names or ["validation_loss"]
+    names = objective_names(study)
     return BestTrial(problem, dict(best.params), dict(zip(names, best.values, strict=True)), best.number)

@@ -60,7 +60,7 @@ from hyperopt_implicit.studies import (
 )
 from hyperopt_implicit.tracking import Tracking, without_password
 from hyperopt_implicit.trial_table import number, seconds_of, state_of, trial_table
-from hyperopt_implicit.trials import front
+from hyperopt_implicit.telling import front, objective_names
 from hyperopt_implicit.workers import counted, visible_trials
 
 if TYPE_CHECKING:
@@ -284,7 +284,7 @@ def _print_trial(trial: FrozenTrial) -> None:
 
 def _print_best(study: Study) -> None:
     trials = counted(study)
-    objectives = [name.replace("_", " ") for name in study.metric_names or ["value"]]
+    objectives = [name.replace("_", " ") for name in objective_names(study)]
     best = front(study)
     if not best:
         out.print(f"study {escape(study.study_name)}: none of {trials} trials is complete", highlight=False)

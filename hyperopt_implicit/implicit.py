@@ -138,9 +138,9 @@ class ImplicitBackend(Backend):
         return self.solve
 
     def members_solver(self, problems: Sequence[BilevelProblem]) -> SolveMembers | None:
-        """The solver for many problems at once, which goes by the rules of ``solve`` for each; None where there is none.
+        """The solver for many problems at once, by the rules of ``solve`` for each; None where there is none.
 
-        A class that changes how it solves changes this one with it; else a population runs it one by one.
+        A class that changes how it solves changes this one with it, or else a population runs it one by one.
         """
         return None
 

@@ -25,7 +25,7 @@ class Interrupt:
 
 @contextmanager
 def listening(message: str) -> Iterator[Interrupt]:
-    """Inside, SIGINT and SIGTERM only leave a note, and ``message`` is written to stderr; the second time they act.
+    """Inside, SIGINT and SIGTERM only leave a note, and ``message`` goes to stderr; a second one is KeyboardInterrupt.
 
     Outside of the main thread signals cannot be caught, and are left to whoever does.
     """
@@ -39,9 +39,13 @@ def listening(message: str) -> Iterator[Interrupt]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
     def note(number: int, frame: FrameType | None) -> None:
         interrupt.signal = number
-        restore()
+        for each in before:
+            signal.signal(each, leave)
         sys.stderr.write(f"\n{message}\n")
 
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -34,18 +34,21 @@ _FOLDER = "optuna_artifacts"
 
 @dataclass
 class TrialState:
-    """A trained model and its hyperparameters, as state dicts.
+    """A trained model and its hyperparameters, as state dicts, and how to build the problem around them.
 
     Attributes:
         model: the ``state_dict`` of the model, at the lowest validation loss where that was kept.
         hyperparameters: the constrained values there, by name; a module's as its ``state_dict``.
+        seed: that of the trial, from which its builder has drawn.
     """
 
     model: dict[str, Tensor]
     hyperparameters: dict[str, Any]
+    seed: int | None = None
 
     @classmethod
-    def of(cls, result: Result) -> TrialState:
+    def of(cls, result: Result, seed: int | None) -> TrialState:
+        """The state of a run at its lowest validation loss."""
         model = result.best_model_state
         return cls(
             model=dict(result.problem.model.state_dict()) if model is None else model,
@@ -53,6 +56,7 @@ class TrialState:
                 name: value.state_dict() if isinstance(value, nn.Module) else value
                 for name, value in result.best_hyperparameters.items()
             },
+            seed=seed,
         )
 
 
@@ -81,26 +85,34 @@ class KeptTrials:
             self._folder = _beside(storage) if artifacts is None else Path(artifacts)
             self._store = FileSystemArtifactStore(self._folder)
 
-    def keep(self, trial: Trial, state: TrialState) -> None:
-        """Keep the state of a trial that is not over yet.
+    def keep(self, trial: Trial, state: TrialState) -> bool:
+        """Keep the state of a trial that is not over yet; whether that was possible.
 
         A store that cannot be written to costs a warning, and the search goes on.
+
+        Raises:
+            UpdateFinishedTrialError: of Optuna's; somebody else has ended the trial.
         """
         if self._store is None:
             self._in_memory[trial.number] = state
-            return
+            return True
         from optuna.artifacts import upload_artifact
+        from optuna.exceptions import UpdateFinishedTrialError
 
         try:
             if self._folder is not None:
                 self._folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder, f"trial-{trial.number}.pt")
-                torch.save({"model": state.model, "hyperparameters": state.hyperparameters}, path)
+                torch.save(vars(state), path)
                 name = upload_artifact(artifact_store=self._store, file_path=str(path), study_or_trial=trial)
             trial.set_user_attr(_STATE, name)
+            return True
+        except UpdateFinishedTrialError:
+            raise
         except Exception as error:  # whatever a disk or a server answers; the trial's numbers are safe in the study
             warn(f"the model of trial {trial.number} could not be kept: {first_line(error)}. The search goes on.")
+            return False
 
     def load(self, trial: FrozenTrial) -> TrialState | None:
         """The state of a trial; None where none was kept.
@@ -115,8 +127,7 @@ class KeptTrials:
             with self._store.open_reader(name) as file, tempfile.TemporaryFile() as copy:
                 shutil.copyfileobj(file, copy)
                 copy.seek(0)
-                loaded = torch.load(copy, weights_only=True)
-            return TrialState(loaded["model"], loaded["hyperparameters"])
+                return TrialState(**torch.load(copy, weights_only=True, map_location="cpu"))
         except Exception as error:  # whatever a disk or a server answers, and whatever is in a file
             raise SearchError(
                 f"the model of trial {trial.number} of study {self._study.study_name!r} cannot be read: "

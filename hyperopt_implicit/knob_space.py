@@ -49,7 +49,21 @@ class KnobSpace:
             BackendError: a backend, or an option, that nobody has.
         """
         searched, fixed = _split(backend)
-        distributions = {**{each.name: each.distribution for each in knobs_of(builder)}, **searched}
+        own = {each.name: each.distribution for each in knobs_of(builder)}
+        for name in own:
+            if _is_of_backend(name):
+                raise DeclarationError(
+                    f"a knob {name!r} is taken for the backend's, which is searched by backend=; rename the knob of "
+                    f"{getattr(builder, '__name__', builder)!r}."
+                )
+        distributions = {**own, **searched}
+        for name, each in distributions.items():
+            odd = [x for x in getattr(each, "choices", ()) if not isinstance(x, bool | int | float | str | None)]
+            if odd:
+                raise DeclarationError(
+                    f"the choices of a knob must be None, bool, int, float or str, which every storage gives back as "
+                    f"they were; knob {name!r} has {odd[0]!r}. Let the builder look it up by a name."
+                )
         if not distributions:
             raise SearchError(
                 f"a search needs at least one knob; {getattr(builder, '__name__', builder)!r} has none. Put @knob(name,"
@@ -85,8 +99,11 @@ class KnobSpace:
         options = {option.name for option in options_of(get_backend_class(spec["name"]))}
         return {key: value for key, value in spec.items() if key == "name" or key in options}
 
-    def check(self) -> None:
+    def check(self, catch: tuple[type[Exception], ...] = ()) -> None:
         """Build a problem with some value of each knob, and refuse what no trial could do; nothing else is run.
+
+        Args:
+            catch: errors that may come of one value and not of others, and say nothing here.
 
         Raises:
             SearchError: the builder returns no problem.
@@ -95,7 +112,10 @@ class KnobSpace:
         """
         values = {name: _some_value(each) for name, each in self.distributions.items()}
         with torch.random.fork_rng():
-            problem = self.build(values)
+            try:
+                problem = self.build(values)
+            except catch:
+                return
         both = sorted(self.distributions.keys() & problem.hyperparameters.declarations.keys())
         if both:
             raise DeclarationError(

@@ -27,9 +27,6 @@ from hyperopt_implicit.members_batches import Part
 from hyperopt_implicit.problem import BilevelProblem, evaluating
 from hyperopt_implicit.vectors import Params
 
-Rows = Sequence[Tensor]
-"""One tensor of each member."""
-
 
 class UnvectorisableError(HyperoptError):
     """Why members cannot be one computation, in a sentence; becomes a note in ``population.py``."""
@@ -206,7 +203,7 @@ def _tensors(problems: Sequence[BilevelProblem]) -> dict[str, tuple[list[Tensor]
 
 
 @torch.no_grad()
-def point(tensors: Rows, stack: Tensor) -> None:
+def point(tensors: Sequence[Tensor], stack: Tensor) -> None:
     """Make each of the tensors a slice of the stack."""
     for tensor, row in zip(tensors, stack.unbind(0), strict=True):
         tensor.data = row

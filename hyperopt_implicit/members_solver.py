@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_implicit.backend import State, Status
-
-COLD_POWER_ITERATIONS = 8
+from hyperopt_implicit.spectrum import COLD_POWER_ITERATIONS
 
 
 class MembersOperator(ABC):
@@ -130,8 +129,7 @@ def largest_eigenvalues(
         sizes = norms(product)
         for i, size in enumerate(sizes):
             if going[i] and not 0.0 < size < math.inf:
-                lost[i] = going[i] = False
-                lost[i] = True
+                lost[i], going[i] = True, False
             elif going[i]:
                 eigenvalues[i] = size
         direction = chosen(going, product, direction)

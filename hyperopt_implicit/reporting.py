@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -27,29 +28,41 @@ class Pace:
 
     A report and the question whether to prune take milliseconds on a database. Unless the pace is given, it is taken
     from the first steps of the first trial such that reports take about a hundredth of a trial, or 10 ms; it is a power
-    of two, so that the steps of two workers which measure at the same time have most in common.
+    of two, so that the steps of two workers which measure at the same time have most in common. A trial reports twice
+    at least, however short it is.
 
     Args:
         study: which remembers the pace.
         outer_steps: of a trial.
         every: report after so many outer steps; None measures.
+
+    Attributes:
+        every: after how many outer steps, once that is known.
+        members: how many trials run side by side and report at the same steps.
     """
 
     def __init__(self, study: Study, outer_steps: int, every: int | None) -> None:
         self._study, self.outer_steps = study, outer_steps
         found = study.user_attrs.get(_EVERY) if every is None else every
-        self.every: int | None = found if isinstance(found, int) else None
+        most = 2 ** max(int(math.log2(outer_steps)) - 1, 0)
+        self._most = most
+        self.every: int | None = found if isinstance(found, int) and (every is not None or found <= most) else None
+        self.members = 1
+        self._seen: list[tuple[float, float]] = []
 
     def is_due(self, step: int) -> bool:
         return self.every is None or (step + 1) % self.every == 0
 
     def measure(self, step: int, step_seconds: float, report_seconds: float) -> None:
         """Take note of what an outer step and a report took, and decide after some of them."""
-        if self.every is not None or step + 1 < min(_MEASURED_STEPS, self.outer_steps):
+        if self.every is not None:
             return
-        allowed = max(_SHARE * self.outer_steps * step_seconds, _LEAST_SECONDS)
-        reports = max(allowed / max(report_seconds, 1e-9), 1.0)
-        self.every = 2 ** max(math.ceil(math.log2(self.outer_steps / reports)), 0)
+        self._seen.append((step_seconds - (self.members - 1) * report_seconds, self.members * report_seconds))
+        if step + 1 < min(_MEASURED_STEPS, self.outer_steps):
+            return
+        steps, reports = (statistics.median(each) for each in zip(*self._seen, strict=True))
+        allowed = max(_SHARE * self.outer_steps * steps, _LEAST_SECONDS) / max(reports, 1e-9)
+        self.every = min(2 ** max(math.ceil(math.log2(self.outer_steps / max(allowed, 1.0))), 0), self._most)
         self._study.set_user_attr(_EVERY, self.every)
 
 
@@ -64,6 +77,7 @@ class Reporter:
         prunes: whether there is one value that a pruner can judge by.
         pruned: whether the pruner has ended the trial.
         interrupted: whether a signal has.
+        taken: whether somebody else has ended the trial in the study.
     """
 
     trial: Trial
@@ -72,17 +86,26 @@ class Reporter:
     prunes: bool
     pruned: bool = False
     interrupted: bool = False
+    taken: bool = False
     _last: float | None = None
 
     def __call__(self, step: OuterStep, problem: BilevelProblem) -> bool:
         began = time.perf_counter()
         if self.prunes and self.pace.is_due(step.step) and math.isfinite(step.validation_loss_sweep):
-            self.trial.report(step.validation_loss_sweep, step.step)
-            self.pruned = self.trial.should_prune()
+            self._report(step)
         is_last = step.step + 1 >= self.pace.outer_steps
         self.interrupted = self.interrupt.requested and not self.pruned and not is_last
         ended = time.perf_counter()
         if self.prunes and self._last is not None:
             self.pace.measure(step.step, began - self._last, ended - began)
         self._last = ended
-        return self.pruned or self.interrupted
+        return self.pruned or self.interrupted or self.taken
+
+    def _report(self, step: OuterStep) -> None:
+        from optuna.exceptions import UpdateFinishedTrialError
+
+        try:
+            self.trial.report(step.validation_loss_sweep, step.step)
+            self.pruned = self.trial.should_prune()
+        except UpdateFinishedTrialError:  # a worker that stood still for too long is taken for dead
+            self.taken = True

@@ -37,9 +37,10 @@ from hyperopt_implicit.studies import (
     refuse_another,
     sampler_of,
 )
+from hyperopt_implicit.telling import FAILURES, OBJECTIVES, Objective, Teller, front
 from hyperopt_implicit.tracking import Tracking, resolve
-from hyperopt_implicit.trials import FAILURES, OBJECTIVES, Objective, TrialPlan, TrialRunner, front
-from hyperopt_implicit.workers import claim, counted, reclaim
+from hyperopt_implicit.trials import TrialPlan, TrialRunner
+from hyperopt_implicit.workers import claim, counted, give_back, reclaim
 
 if TYPE_CHECKING:
     from optuna.artifacts._protocol import ArtifactStore
@@ -179,15 +180,18 @@ def search(
     check_policy(options.get("clip"), options.get("on_failure", "warn"))
     minimised, bounded = _objectives(objectives), dict(constraints or {})
     space = KnobSpace.of(builder, backend)
-    agreed = Plan(space.distributions, list(minimised), list(bounded))
+    settings = {"backend": str(space.fixed), "seed": str(seed)}
+    settings |= {name: str(x) for name, x in options.items() if isinstance(x, int | float | str | None)}
+    agreed = Plan(space.distributions, list(minimised), list(bounded), settings)
     kept_in = refuse_another(agreed, storage, study_name)
-    space.check()
+    failures = (*FAILURES, *catch)
+    space.check(failures)
     outer_steps = options.get("outer_steps", inspect.signature(optimize).parameters["outer_steps"].default)
     config = resolve(tracking)
     study, created = begin_or_continue(
         agreed, kept_in, study_name, sampler_of(sampler, seed), pruner_of(pruner, outer_steps)
     )
-    kept = KeptTrials(study, artifacts, storage)
+    teller = Teller(study, minimised, bounded, failures, KeptTrials(study, artifacts, storage))
     described = {
         "n_trials": n_trials,
         "sampler": name_of(study.sampler),
@@ -203,29 +207,27 @@ def search(
         space=space,
         seed=seed,
         options=options,
-        objectives=minimised,
-        constraints=bounded,
-        catch=(*FAILURES, *catch),
+        catch=failures,
         nested=record.nested,
         warm_start=warm_start_hyperparameters,
         vectorise="auto" if population == "auto" else "always",
         compile=compile,
     )
     with listening("ending after this outer step; interrupt again to leave at once") as interrupt:
-        runner = TrialRunner(study, plan, Pace(study, outer_steps, report_every), kept, interrupt)
+        runner = TrialRunner(study, plan, Pace(study, outer_steps, report_every), teller, interrupt)
         try:
             for trials in _batches(study, space, n_trials, timeout, population, runner, interrupt):
                 for told in runner.run(trials):
                     record.log(told)
                     if on_trial is not None:
                         on_trial(told)
-            if interrupt.requested:
+            if interrupt.requested and not (storage is None and counted(study) >= n_trials):
                 raise KeyboardInterrupt(_how_to_go_on(study, storage))
-            found = _result(study, runner, record)
+            found = _result(teller, record)
         except BaseException as error:
             record.end(error)
             raise
-        record.end(best=runner.best)
+        record.end(best=teller.best)
     return found
 
 
@@ -250,36 +252,44 @@ def _batches(
     while not interrupt.requested and time.monotonic() < until:
         reclaim(study)
         trials: list[Trial] = []
-        while len(trials) < size:
-            trial = claim(study, space.distributions, n_trials)
-            if trial is None:
-                break
-            trials.append(trial)
+        try:
+            while len(trials) < size:
+                trial = claim(study, space.distributions, n_trials)
+                if trial is None:
+                    break
+                trials.append(trial)
+        except BaseException:
+            for each in trials:
+                give_back(study, each)
+            raise
         if not trials:
             return
         yield trials
+        if runner.teller.exhausted:
+            return
         if population == "auto" and runner.gains is False:
             size = 1
 
 
-def _result(study: Study, runner: TrialRunner, record: SearchRecord) -> SearchResult:
+def _result(teller: Teller, record: SearchRecord) -> SearchResult:
     """The best of the study.
 
     Raises:
         SearchError: no trial was completed, or none keeps the constraints.
     """
+    study = teller.study
     best = front(study)
     if not best:
-        reason = f" The last failure: {runner.failures[-1]}" if runner.failures else ""
-        kept = " that keeps the constraints" if runner.plan.constraints else ""
+        reason = f" The last failure: {teller.failures[-1]}" if teller.failures else ""
+        kept = " that keeps the constraints" if teller.constraints else ""
         raise SearchError(f"a search needs at least one completed trial{kept}; of {counted(study)} none was.{reason}")
-    ours = runner.best is not None and runner.best[0] == best[0].number
+    ours = teller.best if teller.best is not None and teller.best[0] == best[0].number else None
     return SearchResult(
         study=study,
         best_knobs=dict(best[0].params),
         best_validation_loss=best[0].values[0],
         best_trial=best[0].number,
-        best_result=runner.best[1] if ours and runner.best is not None else None,
+        best_result=None if ours is None else ours[1],
         pareto_front=best,
         run_id=record.run_id,
         run_link=record.run_link,

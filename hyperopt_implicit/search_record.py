@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hyperopt_implicit.run_record import figures_of, source_of, source_tags, versions
+from hyperopt_implicit.telling import front, objective_names
 from hyperopt_implicit.tracking import Tracker, Tracking, without_password
-from hyperopt_implicit.trials import front
 from hyperopt_implicit.workers import is_lost, visible_trials
 
 if TYPE_CHECKING:
@@ -61,8 +61,8 @@ class SearchRecord:
             study.set_user_attr(key, self.run_id)
 
     def nested(self, trial: Trial) -> Tracking | bool:
-        """The tracking of a trial's own run, beneath this one."""
-        if self._config is None:
+        """The tracking of a trial's own run, beneath this one; none where this one could not be begun."""
+        if self._config is None or self.run_id is None:
             return False
         return replace(
             self._config,
@@ -81,7 +81,7 @@ class SearchRecord:
         """Take the outcome of a trial."""
         if self._config is None:
             return
-        names = self._study.metric_names or ["value"]
+        names = objective_names(self._study)
         values = dict(zip(names, trial.values or [math.nan] * len(names), strict=True))
         metrics = {f"search/{name}": value for name, value in values.items()}
         best = front(self._study)
@@ -141,7 +141,7 @@ def files_of(study: Study, figures: Iterable[tuple[str, Figure]], folder: Path) 
 
 
 def _row(study: Study, trial: FrozenTrial) -> dict[str, Any]:
-    names = study.metric_names or ["value"]
+    names = objective_names(study)
     return {
         "trial": trial.number,
         "state": trial.state.name.lower(),
@@ -169,7 +169,7 @@ def study_figures(study: Study) -> list[tuple[str, Figure]]:
     several_knobs = len({name for each in complete for name in each.params}) > 1
     wanted: dict[str, Callable[[], Any]] = {}
     if len(study.directions) == 1:
-        value = (study.metric_names or ["value"])[0].replace("_", " ")
+        value = objective_names(study)[0].replace("_", " ")
         wanted = {
             "history": lambda: drawn.plot_optimization_history(study, target_name=value),
             "slices": lambda: drawn.plot_slice(study, target_name=value),

@@ -10,10 +10,11 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from hyperopt_implicit.errors import SearchError
-from hyperopt_implicit.messages import first_line, nearest
+from hyperopt_implicit.messages import first_line, nearest, warn
 from hyperopt_implicit.optuna_warnings import accepting_experimental
 from hyperopt_implicit.places import place_of
 from hyperopt_implicit.storages import open_storage, shown
@@ -58,11 +59,13 @@ class Plan:
         distributions: of the knobs.
         objectives: names of what is minimised.
         constraints: names of what must be at most zero.
+        settings: what trials have in common beyond that, as text; they may be changed, with a warning.
     """
 
     distributions: Mapping[str, BaseDistribution]
     objectives: Sequence[str]
     constraints: Sequence[str]
+    settings: Mapping[str, str]
 
     @property
     def described(self) -> dict[str, Any]:
@@ -73,6 +76,7 @@ class Plan:
             "knobs": {name: json.loads(distribution_to_json(each)) for name, each in self.distributions.items()},
             "objectives": list(self.objectives),
             "constraints": list(self.constraints),
+            "settings": dict(self.settings),
         }
 
 
@@ -128,10 +132,10 @@ def begin_or_continue(
         before = study.user_attrs
         if not created:
             _check_same(study, before, plan.described)
-        else:
+        if study.metric_names is None:  # the process that made the study may have come no further
             with accepting_experimental():
                 study.set_metric_names(list(plan.objectives))
-        for key, value in plan.described.items():  # the process that made the study may have come no further
+        for key, value in plan.described.items():
             if key not in before:
                 study.set_user_attr(key, value)
         return study, created
@@ -188,6 +192,7 @@ def _check_same(study: Study, before: Mapping[str, Any], now: Mapping[str, Any])
             )
     old, new = before.get("knobs"), now["knobs"]
     if old is None or old == new:
+        _warn_of_settings(name, before.get("settings", {}), now["settings"])
         return
     changed = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
     raise SearchError(
@@ -195,6 +200,16 @@ def _check_same(study: Study, before: Mapping[str, Any], now: Mapping[str, Any])
         + "; ".join(f"{key}: was {_short(old.get(key))}, is {_short(new.get(key))}" for key in changed)
         + ". Give the study another name, or put the knobs back."
     )
+
+
+def _warn_of_settings(name: str, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if before and changed:
+        differ = "; ".join(f"{key}: was {before.get(key, 'absent')}, is {now.get(key, 'absent')}" for key in changed)
+        warn(
+            f"study {name!r} goes on with other settings than it was begun with ({differ}): the values of its trials "
+            "are compared all the same. Give the study another name where they should not be."
+        )
 
 
 def _short(described: Mapping[str, Any] | None) -> str:
@@ -219,6 +234,8 @@ def sampler_of(sampler: str | BaseSampler | None, seed: int | None) -> BaseSampl
 
     if sampler is not None and not isinstance(sampler, str):
         return sampler
+    if sampler == "cmaes" and find_spec("cmaes") is None:
+        raise SearchError("sampler 'cmaes' needs the package cmaes: `pip install cmaes`.")
     kind = getattr(optuna.samplers, _known("sampler", sampler or "tpe", SAMPLERS))
 
     def make(**options: Any) -> BaseSampler:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from hyperopt_implicit.trials import front
+from hyperopt_implicit.telling import front, objective_names
 from hyperopt_implicit.workers import is_lost, visible_trials
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def trial_table(study: Study, most: int | None = None) -> Table:
     best = {each.number for each in front(study)}
     shown = trials if most is None else [t for i, t in enumerate(trials) if t.number in best or i >= len(trials) - most]
     knobs = list(dict.fromkeys(name for each in trials for name in each.params))
-    objectives = study.metric_names or ["value"]
+    objectives = objective_names(study)
     table = Table(box=None, pad_edge=False)
     table.add_column("trial", justify="right")
     table.add_column("state")

@@ -96,7 +96,11 @@ def running() -> Iterator[Postgres]:
         given = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
         server = [programs / "postgres", "-D", folder / "data", *given]
         process = subprocess.Popen(
-            ["sh", "-c", _WATCHED, "sh", folder, *server], stdin=subprocess.PIPE, cwd="/", **user
+            ["sh", "-c", _WATCHED, "sh", folder, *server],
+            stdin=subprocess.PIPE,
+            cwd="/",
+            start_new_session=True,
+            **user,
         )
         try:
             found = Postgres(port, folder)

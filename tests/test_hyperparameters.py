@@ -359,3 +359,59 @@ def test_outer_steps_project_each_module_that_asks_for_it() -> None:
     assert held[0][0].bias.min() < 0.0
     assert held[1].weight.min() < 0.0
     assert network[0][0].corrections == 0
+
+
+# ------------------------------------------------------------------------------------------------------ values are set
+
+
+def test_values_that_are_set_come_back(constrained: tuple[Constraint, Tensor]) -> None:
+    constraint, value = constrained
+    hyperparameters = holding(value, constraint)
+    start = hyperparameters.values()["value"].clone()
+    other = holding(value, constraint)
+    with torch.no_grad():
+        for each in other.parameters():
+            each.add_(0.3)
+    wanted = other.values()
+    assert not torch.allclose(wanted["value"], start)
+    hyperparameters.load_values(wanted)
+    torch.testing.assert_close(hyperparameters.values()["value"], wanted["value"], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("as_state_dict", [True, False])
+def test_module_is_set_from_a_module_or_its_state_dict(as_state_dict: bool) -> None:
+    hyperparameters, given = holding(nn.Linear(2, 3)), nn.Linear(2, 3)
+    hyperparameters.load_values({"value": given.state_dict() if as_state_dict else given})
+    live = hyperparameters.values()["value"]
+    assert live is not given
+    for name, tensor_set in live.state_dict().items():
+        assert torch.equal(tensor_set, given.state_dict()[name])
+
+
+def test_values_are_set_in_the_dtype_that_is_there() -> None:
+    hyperparameters = holding(1.0, constraints.positive)
+    hyperparameters.load_values({"value": torch.tensor(0.5, dtype=torch.float32)})
+    value = hyperparameters.values()["value"]
+    assert (value.dtype, float(value)) == (torch.float64, pytest.approx(0.5, rel=1e-15))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"decay": tensor(0.1)}, "there is no hyperparameter 'decay' to set; there are first, second."),
+        ({"second": tensor([1.0])}, "hyperparameter 'second' can only be set to what has its shape, "),
+        ({"second": {"weight": tensor(1.0)}}, "hyperparameter 'second' can only be set to what has its shape, "),
+    ],
+)
+def test_values_that_do_not_fit_change_nothing(given: dict[str, object], message: str) -> None:
+    @hi.hyperparameter("first", init=1.0, constraint=constraints.positive)
+    @hi.hyperparameter("second", init=tensor([1.0, 2.0]))
+    def training_loss(model: nn.Module, batch: object, *, first: Tensor, second: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    hyperparameters = Hyperparameters(declarations_of(training_loss), model())
+    before = {name: each.clone() for name, each in hyperparameters.state_dict().items()}
+    with pytest.raises(hi.DeclarationError) as caught:
+        hyperparameters.load_values({"first": tensor(3.0), **given})  # type: ignore[dict-item]
+    assert str(caught.value).startswith(message)
+    assert all(torch.equal(each, before[name]) for name, each in hyperparameters.state_dict().items())

@@ -20,8 +20,9 @@ from hyperopt_implicit.kept_trials import KeptTrials, TrialState
 from .ridge import ridge
 
 STATE = TrialState(
-    {"weight": torch.tensor([1.0, 2.0 / 3.0], dtype=torch.float64), "steps": torch.tensor(7)},
-    {"decay": torch.tensor(0.1), "labels": {"weight": torch.tensor([0.25, 0.75])}},
+    model={"weight": torch.tensor([1.0, 2.0 / 3.0], dtype=torch.float64), "steps": torch.tensor(7)},
+    hyperparameters={"decay": torch.tensor(0.1), "labels": {"weight": torch.tensor([0.25, 0.75])}},
+    seed=7,
 )
 
 
@@ -66,6 +67,7 @@ def test_state_comes_back_from_where_it_belongs(artifacts: Any, storage: Any, fo
         assert state is not None
         assert same(state.model, STATE.model)
         assert same(state.hyperparameters, STATE.hyperparameters)
+        assert state.seed == STATE.seed
     kept.forget(study.trials)
     assert not [each for each in Path().rglob("*") if each.is_file()]
     kept.forget(study.trials)  # another worker was faster
@@ -113,7 +115,7 @@ def test_state_cannot_run_code() -> None:
             return (Path.touch, (Path("exploded"),))
 
     study, kept = kept_one("models", None)
-    torch.save({"model": Bomb(), "hyperparameters": {}}, next(Path("models").iterdir()))
+    torch.save({"model": Bomb(), "hyperparameters": {}, "seed": 0}, next(Path("models").iterdir()))
     with pytest.raises(hi.SearchError, match="cannot be read"):
         kept.load(study.trials[0])
     assert not Path("exploded").exists()
@@ -137,9 +139,10 @@ def test_state_of_a_result_is_that_of_its_best_step() -> None:
     result: Result = hi.optimize(
         ridge(training_loss=training_loss), "cg", outer_steps=3, inner_steps=2, tracking=False, keep_best_model=True
     )
-    state = TrialState.of(result)
+    state = TrialState.of(result, seed=3)
     assert result.best_model_state is not None
     assert same(state.model, result.best_model_state)
     best = result.best_hyperparameters["mixing"]
     assert isinstance(best, nn.Module)
+    assert state.seed == 3
     assert same(state.hyperparameters, {"mixing": dict(best.state_dict())})

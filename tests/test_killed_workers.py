@@ -65,7 +65,6 @@ def test_two_workers_share_a_study_and_the_trial_of_a_killed_one(url: str, tmp_p
     complete = [each for each in study.trials if each.state is TrialState.COMPLETE]
     assert len(complete) == counted(study) == 40
     assert sorted(number for each in ran for number in each) == [each.number for each in complete]
-    assert min(map(len, ran)) > 0
     assert [origin(each) for each in complete if origin(each) != each.number] == [0]
 
 

@@ -16,7 +16,10 @@ import hyperopt_implicit as hi
 from hyperopt_implicit import population as population_module
 from hyperopt_implicit.backends import Neumann
 from hyperopt_implicit.implicit import Solution
+from hyperopt_implicit.members import Members
 from hyperopt_implicit.operators import LinearOperator
+from hyperopt_implicit.population_check import check_members
+from hyperopt_implicit.population_choice import measured_speedup
 
 from .populations import TRAINING, Batch, assert_same, member, perceptron, together_and_alone
 
@@ -129,6 +132,10 @@ def test_models_that_torch_does_not_vectorise(model: Callable[[], nn.Module], re
     assert population.groups == [[0], [1]]
     assert len(population.notes) == 1 and reason in population.notes[0], population.notes
     assert_same(population, alone, rtol=0)
+    for outcome in population.outcomes:
+        assert isinstance(outcome, hi.Result)
+        for p in outcome.problem.params.values():
+            assert p.untyped_storage().nbytes() == p.numel() * 8  # no slices of stacks any more
 
 
 @hi.hyperparameter("decay", init=1e-2, constraint=constraints.positive)
@@ -230,6 +237,25 @@ def test_dropout_is_drawn_by_each_member() -> None:
         assert torch.equal(x, y)
 
 
+def test_trying_and_measuring_change_nothing() -> None:
+    """Neither the generators, though the losses draw, nor weights and running statistics."""
+    members = Members(
+        [
+            member(i, model=lambda: perceptron(5, nn.BatchNorm1d(5), nn.Dropout(0.5)), training_loss=_first_decay)
+            for i in range(2)
+        ]
+    )
+    before = [{name: x.clone() for name, x in each.model.state_dict().items()} for each in members.problems]
+    state = torch.get_rng_state()
+    assert check_members(members, [TRAINING[0]] * 2, [TRAINING[1]] * 2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert measured_speedup(members, [TRAINING[0]] * 2, 4) > 0
+    assert torch.equal(torch.get_rng_state(), state)
+    for each, was in zip(members.problems, before, strict=True):
+        for name, x in each.model.state_dict().items():
+            assert torch.equal(x, was[name]), name
+
+
 # ---------------------------------------------------------------------------------------------------------------- auto
 
 
@@ -241,6 +267,21 @@ def test_auto_goes_by_what_it_measures(speedup: float, monkeypatch: pytest.Monke
     assert population.groups == ([[0], [1], [2]] if speedup < 1 else [[0, 1, 2]])
     assert len(population.notes) == (speedup < 1)
     assert_same(population, alone, rtol=0 if speedup < 1 else 1e-9)
+
+
+def test_members_that_run_one_by_one_after_all_go_back_from_steps_that_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copies to go back to are their own again."""
+    monkeypatch.setattr(population_module, "measured_speedup", lambda *arguments: 0.8)
+
+    def make(i: int) -> hi.BilevelProblem:
+        data = [(x.clone(), y) for x, y in TRAINING]
+        data[2][0][0, 0] = float("nan")
+        return member(i, training_data=data)
+
+    population, alone = together_and_alone(make, vectorise="auto")
+    assert all(sum(step.failed_inner_steps for step in each.history) > 0 for each in alone)
+    assert population.groups == [[0], [1], [2]]
+    assert_same(population, alone, rtol=0)
 
 
 def test_auto_leaves_members_and_generators_as_they_were() -> None:

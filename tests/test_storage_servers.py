@@ -127,7 +127,6 @@ def test_two_workers_share_a_study_through_a_proxy(tmp_path: Path) -> None:
         assert_shared(storage, ran, 20)
         storage.close()  # type: ignore[attr-defined]
     assert_shared(open_storage(f"sqlite:///{tmp_path}/studies.db"), ran, 20)
-    assert min(map(len, ran)) > 0
 
 
 def test_a_killed_worker_s_trial_is_repeated_through_a_proxy(tmp_path: Path) -> None:

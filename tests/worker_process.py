@@ -23,6 +23,7 @@ KNOBS = {"lr": FloatDistribution(0.01, 1.0, log=True), "width": CategoricalDistr
 
 def main(task: str, url: str, name: str, n_trials: str, start: str) -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    open_storage("sqlite://")  # what it imports takes a while, and not the same one everywhere
     print("ready", flush=True)
     while not Path(start).exists():
         time.sleep(0.001)
@@ -33,6 +34,7 @@ def main(task: str, url: str, name: str, n_trials: str, start: str) -> None:
             print(trial.number, flush=True)
             if task == "hang":
                 time.sleep(3600)
+            time.sleep(0.005)  # so that others are there before all is done
             study.tell(trial, trial.params["lr"])
 
 
