@@ -22,12 +22,12 @@ from hyperopt_implicit.history import Result
 from hyperopt_implicit.interrupts import Interrupt, listening
 from hyperopt_implicit.kept_trials import KeptTrials
 from hyperopt_implicit.knob_space import Builder, KnobSpace
-from hyperopt_implicit.messages import nearest, warn
+from hyperopt_implicit.messages import first_line, nearest, warn
 from hyperopt_implicit.optimize import optimize
 from hyperopt_implicit.prepared_run import check_options
 from hyperopt_implicit.reporting import Pace
 from hyperopt_implicit.search_record import SearchRecord
-from hyperopt_implicit.storages import shown
+from hyperopt_implicit.storages import is_storages, shown
 from hyperopt_implicit.studies import (
     DEFAULT_STORAGE,
     Plan,
@@ -129,7 +129,8 @@ def search(
         sampler: a name (``"tpe"``, ``"random"``, ``"gp"``, ``"cmaes"``, ``"qmc"``, ``"nsgaii"``, …) or any sampler of
             Optuna's; by default TPE. A name is seeded with ``seed``.
         pruner: a name (``"median"``, ``"hyperband"``, ``"successive_halving"``, ``"none"``) or any pruner of Optuna's;
-            by default the median pruner, which acts from the sixth trial on.
+            by default the median pruner, which acts from the sixth trial on. Hyperband deals trials out by the study's
+            name, so that only a study with a name can be repeated with it.
         seed: for the sampler, and plus the trial's place in the study for each trial; its number, unless trials were
             lost before it.
         objectives: what is minimised: ``"validation_loss"``, ``"seconds"``, or functions of a trial's :class:`Result`.
@@ -226,6 +227,11 @@ def search(
             found = _result(teller, record)
         except BaseException as error:
             record.end(error)
+            if is_storages(error):
+                raise SearchError(
+                    f"the storage {shown(storage)!r} no longer takes what a search has to tell ({first_line(error)}). "
+                    "What it has is kept; the same search goes on with it once it is there again."
+                ) from error
             raise
         record.end(best=teller.best)
     return found

@@ -49,6 +49,7 @@ class SearchRecord:
         self, study: Study, created: bool, space: KnobSpace, described: Mapping[str, Any], config: Tracking | None
     ) -> None:
         self._study, self._config = study, config
+        self._figures = config is not None and config.figures
         key = "" if config is None else f"mlflow:{without_password(config.resolved_uri)}"
         begun = None if config is None else _begun(study, key, wait=not created)
         params = {"study": study.study_name, **described, **versions()}
@@ -98,24 +99,36 @@ class SearchRecord:
             error: what has ended the search, if anything did.
             best: number and result of the best trial, where it has run in this process.
         """
-        from optuna.trial import TrialState
-
         if self._config is None:
             return
+        try:
+            is_over = self._log_study(best) or error is not None
+        except Exception:  # a storage that has gone, which is what has ended the search
+            if error is None:
+                raise
+            is_over = True
+        if is_over:
+            self._tracker.end(error)
+        else:
+            self._tracker.leave()
+
+    def _log_study(self, best: tuple[int, Result] | None) -> bool:
+        """Take what the study has come to; whether no trial runs any more."""
+        from optuna.trial import TrialState
+
         trials = self._study.get_trials(deepcopy=False)
         self._tracker.kill_nested(_TRIAL, [str(each.number) for each in trials if is_lost(each)])
-        if error is None and any(each.state is TrialState.RUNNING for each in trials):
-            self._tracker.leave()
-            return
+        if any(each.state is TrialState.RUNNING for each in trials):
+            return False
         found = front(self._study)
         if found:
             self._tracker.set_tag("best_trial", ", ".join(str(each.number) for each in found))
-        if best is not None and self._config.figures and best[0] == found[0].number:
+        if best is not None and self._figures and found and best[0] == found[0].number:
             result = best[1]
             self._tracker.log_files(lambda folder: [(path, "best_trial") for path in figures_of(result, folder)])
         figures = study_figures(self._study)
         self._tracker.log_files(lambda folder: files_of(self._study, figures, folder))
-        self._tracker.end(error)
+        return True
 
 
 def _begun(study: Study, key: str, *, wait: bool) -> str | None:

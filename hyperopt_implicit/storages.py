@@ -135,6 +135,15 @@ def shown(storage: str | BaseStorage | None) -> str:
     return re.sub(r"(://[^/@:]*):.*@", r"\1:***@", text, flags=re.DOTALL)
 
 
+def is_storages(error: BaseException) -> bool:
+    """Whether an error came from a storage that is locked, unreachable, or has lost a study."""
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import OperationalError
+
+    lost = isinstance(error, KeyError) and "Record does not exist" in str(error)
+    return lost or isinstance(error, StorageInternalError | OperationalError)
+
+
 def _password(storage: str) -> str | None:
     found = re.search(r"://[^/@:]*:(.*)@", storage, re.DOTALL)
     return found[1] if found and found[1] else None

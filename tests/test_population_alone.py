@@ -16,7 +16,7 @@ import hyperopt_implicit as hi
 from hyperopt_implicit import population as population_module
 from hyperopt_implicit.backends import Neumann
 from hyperopt_implicit.implicit import Solution
-from hyperopt_implicit.members import Members
+from hyperopt_implicit.members import Members, UnvectorisableError
 from hyperopt_implicit.operators import LinearOperator
 from hyperopt_implicit.population_check import check_members
 from hyperopt_implicit.population_choice import measured_speedup
@@ -245,6 +245,12 @@ def test_trying_and_measuring_change_nothing() -> None:
             for i in range(2)
         ]
     )
+    refused = Members(
+        [
+            member(i, model=lambda: perceptron(5, nn.Dropout(0.5), Branching()), training_loss=_first_decay)
+            for i in range(2)
+        ]
+    )
     before = [{name: x.clone() for name, x in each.model.state_dict().items()} for each in members.problems]
     state = torch.get_rng_state()
     assert check_members(members, [TRAINING[0]] * 2, [TRAINING[1]] * 2)
@@ -254,6 +260,9 @@ def test_trying_and_measuring_change_nothing() -> None:
     for each, was in zip(members.problems, before, strict=True):
         for name, x in each.model.state_dict().items():
             assert torch.equal(x, was[name]), name
+    with pytest.raises(UnvectorisableError, match="Branching"):
+        check_members(refused, [TRAINING[0]] * 2, [TRAINING[1]] * 2)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 # ---------------------------------------------------------------------------------------------------------------- auto

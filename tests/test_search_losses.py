@@ -204,3 +204,13 @@ def test_claimed_trials_are_given_back_where_a_later_claim_fails() -> None:
         search(storage=SQLITE, study_name="claims", n_trials=4, population=4, sampler=Failing(seed=0))
     trials = optuna.load_study(storage=SQLITE, study_name="claims").trials
     assert not [each for each in trials if each.state is TrialState.RUNNING]
+
+
+def test_study_that_is_deleted_while_it_is_searched() -> None:
+    def delete(step: hi.OuterStep, problem: hi.BilevelProblem) -> None:
+        if step.step == 1:
+            optuna.delete_study(study_name="deleted", storage=SQLITE)
+
+    with pytest.raises(hi.SearchError) as caught:
+        search(storage=SQLITE, study_name="deleted", n_trials=3, callbacks=[delete])
+    assert str(caught.value).startswith("the storage 'sqlite:///optuna.db' no longer takes what a search has to tell (")
