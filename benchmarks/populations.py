@@ -211,7 +211,7 @@ def _introduction() -> list[str]:
         "A two-layer network (20 inputs, tanh, 4 classes) with a decay for each layer; 10 inner steps and a "
         "hypergradient an outer step. Times are processor time of whole runs of 30 outer steps, set-up and checks "
         "included, divided by the steps, for all members; *one by one* is `optimize` for each member, *together* is "
-        '`optimize_population`. What `vectorise="auto"` is, against the faster of the two, includes its measurement.',
+        '`optimize_population`. `auto` is `vectorise="auto"`, its measurement included.',
     ]
 
 

@@ -318,7 +318,7 @@ TASKS = [
         constraint=constraints.interval(1e-3, 1.0),
         weights=Range(1e-3, 1.0, 1e-2),
         inner_lr=Range(0.3, 1.5, 0.7),
-        trial=Trial(outer_steps=40, inner_steps=10, outer_lr=0.3, steps=200, look=20),
+        trial=Trial(outer_steps=40, inner_steps=10, outer_lr=0.6, steps=200, look=20),
     ),
     Task(
         name="mnist",
@@ -339,7 +339,7 @@ TASKS = [
         constraint=constraints.unit_interval,
         weights=Range(0.01, 0.99, 0.5, log=False),
         inner_lr=Range(0.1, 1.0, 0.3),
-        trial=Trial(outer_steps=30, inner_steps=5, outer_lr=0.3, steps=100, look=10),
+        trial=Trial(outer_steps=15, inner_steps=10, outer_lr=1.0, steps=100, look=10),
     ),
     Task(
         name="auxiliary",

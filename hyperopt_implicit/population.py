@@ -161,7 +161,9 @@ def _train(
                 training, validation = together.peek()
                 draws = check_members(together.members, training, validation)
                 if vectorise == "auto":
-                    found.speedup = measured_speedup(together.members, training, together.inner_steps)
+                    found.speedup = measured_speedup(
+                        together.members, training, together.inner_steps, together.outer_steps
+                    )
                     if found.speedup < _LEAST_SPEEDUP:
                         raise UnvectorisableError(
                             f"one computation for all {len(group)} of them would be {found.speedup:.2g} times as fast"

@@ -31,7 +31,7 @@ _PARTS = (
 
 
 def check_members(members: Members, training: Sequence[Any], validation: Sequence[Any]) -> bool:
-    """Compare both losses and their derivatives on one batch each, for every member.
+    """Compare both losses and their gradients on one batch each, for every member, and for two of them a product.
 
     Nothing is changed: buffers are copies and the generators are put back.
 
@@ -51,10 +51,12 @@ def check_members(members: Members, training: Sequence[Any], validation: Sequenc
     try:
         together = _of_all(members, training, validation, states)
         for i, problem in enumerate(members.problems):
-            alone, draws = _of_one(problem, training[i], validation[i], states)
+            # products are the same operators for all members: those of two of them show what torch makes of them
+            product = i in (0, len(members) - 1)
+            alone, draws = _of_one(problem, training[i], validation[i], states, product=product)
             drawn = drawn or draws
             for part, x, y in zip(_PARTS, together, alone, strict=True):
-                if not _agree(x[i], y):
+                if y is not None and not _agree(x[i], y):
                     raise UnvectorisableError(
                         f"the {part} of one member comes out as {_shown(x[i])} among others, and as {_shown(y)} alone"
                     )
@@ -85,7 +87,9 @@ def _of_all(members: Members, training: Sequence[Any], validation: Sequence[Any]
     return [losses.detach(), matrix(slopes), matrix(product), outer.detach(), matrix(found)]
 
 
-def _of_one(problem: BilevelProblem, training: Any, validation: Any, states: list[Tensor]) -> tuple[list[Tensor], bool]:
+def _of_one(
+    problem: BilevelProblem, training: Any, validation: Any, states: list[Tensor], *, product: bool
+) -> tuple[list[Tensor | None], bool]:
     params = {name: p.detach().requires_grad_() for name, p in problem.params.items()}
     hparams = {name: p.detach().requires_grad_() for name, p in problem.hparams.items()}
     draws = False
@@ -94,13 +98,21 @@ def _of_one(problem: BilevelProblem, training: Any, validation: Any, states: lis
         with twice_differentiable(problem):
             loss = problem.functional_training_loss(params, hparams, training)
         draws = _moved(states, problem)
-        slopes, product = _derivatives(loss, params, hparams)
+        pulled: Params | None = None
+        if product:
+            slopes, pulled = _derivatives(loss, params, hparams)
+        else:
+            slopes = gradients(loss, params, create_graph=False)
         set_random_states(states, problem.device)
         outer = problem.functional_validation_loss(params, hparams, validation)
         draws = draws or _moved(states, problem)
         found = gradients(outer, _inputs(params, hparams), create_graph=False)
-    rows = [matrix({name: x.unsqueeze(0) for name, x in each.items()})[0] for each in (slopes, product, found)]
-    return [loss.detach(), rows[0], rows[1], outer.detach(), rows[2]], draws
+    multiplied = None if pulled is None else _row(pulled)
+    return [loss.detach(), _row(slopes), multiplied, outer.detach(), _row(found)], draws
+
+
+def _row(x: Params) -> Tensor:
+    return matrix({name: tensor.unsqueeze(0) for name, tensor in x.items()})[0]
 
 
 def _moved(states: list[Tensor], problem: BilevelProblem) -> bool:

@@ -20,10 +20,11 @@ from hyperopt_implicit.randomness import random_states, set_random_states
 
 ROUNDS = 3
 _UNCLEAR = (0.7, 1.4)  # outside of that, one round tells enough
+_SHARE = 0.01  # of the run, after which no further round is begun
 _PRODUCTS = 10  # of a hypergradient, as a guess: what matters is how steps and products weigh against each other
 
 
-def measured_speedup(members: Members, batches: Sequence[Any], inner_steps: int) -> float:
+def measured_speedup(members: Members, batches: Sequence[Any], inner_steps: int, outer_steps: int = 100) -> float:
     """How many times faster an outer step is for all members together; the time of training steps and products.
 
     Neither members nor generators are changed.
@@ -32,6 +33,7 @@ def measured_speedup(members: Members, batches: Sequence[Any], inner_steps: int)
         members: who would be trained.
         batches: a training batch of each.
         inner_steps: between two hypergradients.
+        outer_steps: of the whole run, of which measuring is to take a small share.
     """
     problem, parts = members.problems[0], put_together(batches)
     hparams = {name: x.detach() for name, x in members.hparams.items()}
@@ -59,14 +61,17 @@ def measured_speedup(members: Members, batches: Sequence[Any], inner_steps: int)
         lambda: MembersHessian(members, [parts]),
         lambda: Hessian(problem, [batches[0]]),
     ]
-    least, found = [math.inf] * len(calls), math.nan
+    least, found, spent = [math.inf] * len(calls), math.nan, 0.0
     try:
         for _ in range(ROUNDS):
-            least = [min(x, y) for x, y in zip(least, _times(calls, members.device), strict=True)]
+            times = _times(calls, members.device)
+            spent += sum(times)
+            least = [min(x, y) for x, y in zip(least, times, strict=True)]
             many = inner_steps * least[0] + _PRODUCTS * least[2] + least[4]
             single = inner_steps * least[1] + _PRODUCTS * least[3] + least[5]
             found = len(members) * single / max(many, 1e-9)
-            if not _UNCLEAR[0] < found < _UNCLEAR[1]:
+            whole = outer_steps * len(members) * single
+            if not _UNCLEAR[0] < found < _UNCLEAR[1] or spent > _SHARE * whole:
                 break
     finally:
         set_random_states(states, members.device)

@@ -108,6 +108,11 @@ class PopulationRun:
         """Steps between two hypergradients."""
         return self._options.inner_steps
 
+    @property
+    def outer_steps(self) -> int:
+        """How many there are at most."""
+        return self._options.outer_steps
+
     def peek(self) -> tuple[list[Any], list[Any]]:
         """The next training batch and the next validation batch of each member."""
         return self._training.peek(), self._validation.peek()
