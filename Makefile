@@ -6,7 +6,7 @@ JOBS ?= 2
 
 .PHONY: help demo ui test test-slow check lint types docs doctest serve-docs benchmark examples auxiliary clean \
 	benchmark-steady-state benchmark-unrolled benchmark-precision benchmark-peers benchmark-runs benchmark-scaling \
-	benchmark-populations benchmark-search
+	benchmark-populations benchmark-search benchmark-search-overhead
 
 help:
 	@echo "make demo       set up and run the demo: auxiliary learning on digits"
@@ -15,7 +15,8 @@ help:
 	@echo "make test-slow  the long versions"
 	@echo "make check      lint, strict types, docs build, doctests and the code of the docs"
 	@echo "make benchmark  cost of the backends against loops written by hand; writes docs/benchmarks.md"
-	@echo "make benchmark-steady-state, -unrolled, -precision, -peers, -runs, -scaling, -populations, -search: other pages"
+	@echo "make benchmark-steady-state, -unrolled, -precision, -peers, -runs, -scaling, -populations, -search,"
+	@echo "     -search-overhead: the other pages"
 	@echo "make examples   run every example in full; writes docs/examples.md"
 	@echo "make auxiliary  compare all methods for auxiliary learning; writes docs/auxiliary-results.md"
 
@@ -84,6 +85,9 @@ benchmark-scaling: $(VENV)/.installed
 
 benchmark-search: $(VENV)/.installed
 	$(BIN)/python benchmarks/search.py --write docs/benchmarks-search.md
+
+benchmark-search-overhead: $(VENV)/.installed
+	$(BIN)/python benchmarks/search_overhead.py --write docs/benchmarks-search-overhead.md
 
 examples: $(VENV)/.installed
 	$(BIN)/python benchmarks/examples.py docs/examples.md

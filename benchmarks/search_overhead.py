@@ -3,8 +3,8 @@
 python benchmarks/search_overhead.py                    print the table
 python benchmarks/search_overhead.py --write FILE.md    and write it to a file
 
-A loop over the trials of a finished search, with the same knobs and seeds, takes turns with searches of the same length;
-nothing is tracked, and nothing pruned. Figures are medians over rounds.
+A search takes turns with a loop over its trials, with the same knobs and seeds; nothing is tracked, and nothing pruned.
+Figures are medians over rounds.
 """
 
 from __future__ import annotations
@@ -125,10 +125,11 @@ def page(short: list[Row], long: list[Row], long_trials: int) -> str:
     lines = [
         "# What a search adds",
         "",
-        "Seconds a trial, by `hi.optimize` in a loop over the same knobs and seeds and by `hi.search`; in turns in one process, "
-        "medians.",
+        "Seconds a trial, by `hi.optimize` in a loop over the same knobs and seeds and by `hi.search`; in turns in one "
+        "process, medians. Nothing is tracked, and nothing pruned; trials report all the same.",
         "",
-        f"{versions_line()} Command: `python benchmarks/search_overhead.py --write docs/benchmarks-search-overhead.md`.",
+        f"{versions_line()} Command: `make benchmark-search-overhead`",
+        "(`python benchmarks/search_overhead.py --write docs/benchmarks-search-overhead.md`).",
     ]
     for title, rows in (
         (f"Short trials ({SHORT['outer_steps']} outer steps; {TRIALS} trials, {ROUNDS} rounds)", short),

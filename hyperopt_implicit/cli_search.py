@@ -58,9 +58,9 @@ from hyperopt_implicit.studies import (
     sampler_of,
     summaries,
 )
+from hyperopt_implicit.telling import front, objective_names
 from hyperopt_implicit.tracking import Tracking, without_password
 from hyperopt_implicit.trial_table import number, seconds_of, state_of, trial_table
-from hyperopt_implicit.telling import front, objective_names
 from hyperopt_implicit.workers import counted, visible_trials
 
 if TYPE_CHECKING:
