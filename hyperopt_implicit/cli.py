@@ -52,7 +52,8 @@ from hyperopt_implicit.history import Result, summarise
 from hyperopt_implicit.loading import build, find_problem, load_file
 from hyperopt_implicit.optimize import optimize
 from hyperopt_implicit.problem import BilevelProblem
-from hyperopt_implicit.tracking import MODEL_TRAINING_VIEW, Tracking, without_password
+from hyperopt_implicit.servers import without_password
+from hyperopt_implicit.tracking import MODEL_TRAINING_VIEW, Tracking
 
 app = typer.Typer(
     name="hyperopt-implicit",

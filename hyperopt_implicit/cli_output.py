@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from hyperopt_implicit.tracking import without_password
+from hyperopt_implicit.servers import without_password
 
 out = Console()
 err = Console(stderr=True)

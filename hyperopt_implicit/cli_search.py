@@ -48,6 +48,7 @@ from hyperopt_implicit.loading import build, find_problem, load_file
 from hyperopt_implicit.local_workers import run_workers
 from hyperopt_implicit.problem import BilevelProblem
 from hyperopt_implicit.search import search
+from hyperopt_implicit.servers import without_password
 from hyperopt_implicit.storages import open_storage, shown
 from hyperopt_implicit.studies import (
     DEFAULT_STORAGE,
@@ -59,7 +60,7 @@ from hyperopt_implicit.studies import (
     summaries,
 )
 from hyperopt_implicit.telling import front, objective_names
-from hyperopt_implicit.tracking import Tracking, without_password
+from hyperopt_implicit.tracking import Tracking
 from hyperopt_implicit.trial_table import number, seconds_of, state_of, trial_table
 from hyperopt_implicit.workers import counted, visible_trials
 

@@ -11,15 +11,14 @@ import os
 import re
 import shutil
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from hyperopt_implicit.errors import SearchError
 from hyperopt_implicit.messages import first_line
+from hyperopt_implicit.servers import within
 
 if TYPE_CHECKING:
     from sqlalchemy import URL
@@ -32,28 +31,6 @@ _OPTUNAS = {"studies", "trials", "version_info"}  # tables that every version of
 _REVISIONS = "alembic_version"  # that other programs use as well
 _LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "overlay", "tmpfs"}
 _TORN_SECONDS = 1.0  # for another process to end the line that it is writing
-
-T = TypeVar("T")
-
-
-def within(seconds: float, call: Callable[[], T]) -> T:
-    """What a call returns, or TimeoutError; the call itself cannot be stopped and is left to itself."""
-    outcome: Future[T] = Future()
-
-    def work() -> None:
-        try:
-            outcome.set_result(call())
-        except BaseException as error:
-            outcome.set_exception(error)
-
-    threading.Thread(target=work, name="hyperopt-implicit-storage", daemon=True).start()
-    try:
-        return outcome.result(timeout=seconds)
-    except TimeoutError:
-        if outcome.done():
-            raise
-        raise TimeoutError(f"no answer within {seconds:.0f} seconds") from None
-
 
 # -------------------------------------------------------------------------------------------------------------- files
 

@@ -6,10 +6,8 @@ someone else; what is looked at for that is in ``storage_contents.py``.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import socket
-import tempfile
 import time
 from contextlib import suppress
 from importlib.util import find_spec
@@ -20,6 +18,7 @@ from weakref import finalize
 from hyperopt_implicit.errors import SearchError
 from hyperopt_implicit.messages import nearest
 from hyperopt_implicit.optuna_warnings import accepting_experimental
+from hyperopt_implicit.servers import alone, within, without_password
 from hyperopt_implicit.storage_contents import (
     as_template,
     check_journal,
@@ -28,7 +27,6 @@ from hyperopt_implicit.storage_contents import (
     is_local,
     reason,
     studies_in,
-    within,
 )
 
 if TYPE_CHECKING:
@@ -56,7 +54,6 @@ _CONNECT_SECONDS = 4  # so that three steps on the way take no ten seconds
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mariadb": 3306}
 _DRIVERS = {"postgresql": ("psycopg", "psycopg2"), "mysql": ("MySQLdb", "pymysql"), "mariadb": ("MySQLdb", "pymysql")}
 _ATTEMPTS = 10  # to make the tables of a database in which others are making them
-_HIDDEN = re.compile(r"([?&](?:password|passwd|pwd|sslpassword)=)[^&]*", re.IGNORECASE)
 
 
 def open_storage(storage: str | BaseStorage | None, *, must_exist: bool = False) -> BaseStorage:
@@ -128,11 +125,7 @@ def shown(storage: str | BaseStorage | None) -> str:
     if not isinstance(storage, str):
         url = getattr(getattr(storage, "_backend", storage), "url", None)  # Optuna caches what a database holds
         return shown(url) if isinstance(url, str) else type(storage).__name__
-    text = _HIDDEN.sub(r"\1***", storage)
-    if text.partition("://")[0].partition("+")[0] in ("sqlite", "journal"):
-        return text
-    # up to the last @: a password may hold what should have been escaped in it
-    return re.sub(r"(://[^/@:]*):.*@", r"\1:***@", text, flags=re.DOTALL)
+    return without_password(storage)
 
 
 def is_storages(error: BaseException) -> bool:
@@ -289,7 +282,7 @@ def _open_sqlite(storage: str, url: URL, must_exist: bool) -> BaseStorage:
     if not (file.exists() and check_sqlite(file)):
         if must_exist:
             raise _missing(storage)
-        with _alone(file):  # two that make the tables at once are in each other's way
+        with alone(str(file), _LOCK_SECONDS):  # two that make the tables at once are in each other's way
             _opened(url, engine, file.exists() and check_sqlite(file)).engine.dispose()
     kept = _opened(url, engine, complete=True)
     local = is_local(file)
@@ -305,13 +298,6 @@ def _open_sqlite(storage: str, url: URL, must_exist: bool) -> BaseStorage:
     event.listen(kept.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
     kept.engine.dispose()  # connections that were opened before
     return kept
-
-
-def _alone(file: Path) -> Any:
-    from filelock import FileLock
-
-    name = hashlib.sha256(str(file).encode()).hexdigest()[:16]
-    return FileLock(Path(tempfile.gettempdir(), f"hyperopt_implicit-{name}.lock"), timeout=_LOCK_SECONDS)
 
 
 # --------------------------------------------------------------------------------------------------------------- proxy

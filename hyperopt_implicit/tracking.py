@@ -7,22 +7,18 @@ What is said about a run is in ``run_record.py``; the buffer that keeps a slow s
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.util
 import logging
 import math
 import os
 import re
 import socket
-import tempfile
-import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from hyperopt_implicit.errors import HyperoptError
@@ -37,6 +33,7 @@ from hyperopt_implicit.run_record import (
     summary_of,
 )
 from hyperopt_implicit.sender import MetricRecord, Sender, WriteFiles
+from hyperopt_implicit.servers import alone, within, without_password
 
 if TYPE_CHECKING:
     from hyperopt_implicit.backend import Backend
@@ -135,7 +132,7 @@ class Tracker:
         receiver, failure = None, None
         try:
             with _alone(config.resolved_uri):
-                receiver = _within(_START_SECONDS, lambda: _MlflowRun(config, tags, resume))
+                receiver = within(_START_SECONDS, lambda: _MlflowRun(config, tags, resume))
             self._receiver, self.run_id = receiver, receiver.run_id
             self.run_link = run_link(config.resolved_uri, receiver.experiment_id, receiver.run_id)
         except Exception as error:  # tracking must not cost the run anything, whatever a server or database answers
@@ -251,40 +248,6 @@ def _accepted(name: str) -> str:
     return _REFUSED.sub("_", name)
 
 
-T = TypeVar("T")
-
-
-@contextmanager
-def _alone(uri: str) -> Iterator[None]:
-    """Let one process at a time into a database file: two that create its tables at once destroy each other's work."""
-    if not uri.startswith(_SQLITE):
-        yield
-        return
-    from filelock import FileLock
-
-    name = hashlib.sha256(uri.encode()).hexdigest()[:16]
-    with FileLock(Path(tempfile.gettempdir(), f"hyperopt_implicit-{name}.lock"), timeout=_START_SECONDS):
-        yield
-
-
-def _within(seconds: float, call: Callable[[], T]) -> T:
-    """What a call returns, or TimeoutError; the call itself cannot be stopped and is left to itself."""
-    outcome: Future[T] = Future()
-
-    def work() -> None:
-        try:
-            outcome.set_result(call())
-        except BaseException as error:
-            outcome.set_exception(error)
-
-    thread = threading.Thread(target=work, name="hyperopt-implicit-start", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not outcome.done():
-        raise TimeoutError(f"no answer within {seconds:.0f} seconds")
-    return outcome.result()
-
-
 def resolve(tracking: Tracking | bool) -> Tracking | None:
     """What ``tracking=`` stands for: True is the default settings, False is none."""
     if isinstance(tracking, bool):
@@ -394,12 +357,9 @@ def run_link(uri: str, experiment_id: str, run_id: str) -> str:
     return f"{base}/#/experiments/{experiment_id}/runs/{run_id}{MODEL_TRAINING_VIEW}"
 
 
-def without_password(uri: str) -> str:
-    """A URI that can be shown."""
-    parts = urlsplit(uri)
-    if parts.password is None:
-        return uri
-    return parts._replace(netloc=parts.netloc.replace(f":{parts.password}@", ":***@")).geturl()
+def _alone(uri: str) -> AbstractContextManager[object]:
+    """One process at a time in a database file: two that create its tables at once destroy each other's work."""
+    return alone(uri, _START_SECONDS) if uri.startswith(_SQLITE) else nullcontext()
 
 
 def _system_monitor(run_id: str, uri: str) -> Any:

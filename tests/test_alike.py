@@ -87,7 +87,7 @@ def test_models(models: tuple[Callable[[], nn.Module], Callable[[], nn.Module]],
         (1, 1.0),
         (True, 1),
     ],
-    ids=repr,
+    ids=lambda each: type(each).__name__,
 )
 def test_what_losses_close_over_makes_a_difference(first: Any, second: Any) -> None:
     found = reason(closing_over(first), closing_over(second))

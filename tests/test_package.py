@@ -172,7 +172,7 @@ def test_core_finds_backends_through_their_entry_points_only() -> None:
 
 
 LAYERS = [
-    {"errors", "vectors", "randomness", "functional", "stopwatch"},
+    {"errors", "vectors", "randomness", "functional", "servers", "stopwatch"},
     {"messages"},
     {"data", "hyperparameters", "knobs"},
     {"backend"},
