@@ -46,6 +46,7 @@ from hyperopt_implicit.knob_space import Builder, KnobSpace
 from hyperopt_implicit.knobs import knobs_of
 from hyperopt_implicit.loading import build, find_problem, load_file
 from hyperopt_implicit.local_workers import run_workers
+from hyperopt_implicit.places import counted, visible_trials
 from hyperopt_implicit.problem import BilevelProblem
 from hyperopt_implicit.search import search
 from hyperopt_implicit.servers import without_password
@@ -62,7 +63,6 @@ from hyperopt_implicit.studies import (
 from hyperopt_implicit.telling import front, objective_names
 from hyperopt_implicit.tracking import Tracking
 from hyperopt_implicit.trial_table import number, seconds_of, state_of, trial_table
-from hyperopt_implicit.workers import counted, visible_trials
 
 if TYPE_CHECKING:
     from optuna.study import Study

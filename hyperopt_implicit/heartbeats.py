@@ -39,7 +39,8 @@ class Heartbeat:
 
     Example:
         >>> import optuna
-        >>> from hyperopt_implicit.workers import Heartbeat, claim
+        >>> from hyperopt_implicit.heartbeats import Heartbeat
+        >>> from hyperopt_implicit.workers import claim
         >>> study = optuna.create_study()
         >>> trial = claim(study, {}, n_trials=1)
         >>> with Heartbeat(study, trial):

@@ -15,7 +15,6 @@ from hyperopt_implicit.backend import Spec
 from hyperopt_implicit.guarded_step import OnFailure
 from hyperopt_implicit.history import Callback, Result
 from hyperopt_implicit.prepared_run import PreparedRun, RunOptions, Scheduler
-from hyperopt_implicit.prepared_run import check_options as check_options
 from hyperopt_implicit.problem import BilevelProblem
 from hyperopt_implicit.progress import ProgressBar
 from hyperopt_implicit.tracking import Tracking

@@ -44,9 +44,9 @@ class Pace:
     def __init__(self, study: Study, outer_steps: int, every: int | None) -> None:
         self._study, self.outer_steps = study, outer_steps
         found = study.user_attrs.get(_EVERY) if every is None else every
-        most = 2 ** max(int(math.log2(outer_steps)) - 1, 0)
-        self._most = most
-        self.every: int | None = found if isinstance(found, int) and (every is not None or found <= most) else None
+        self._most = 2 ** max(int(math.log2(outer_steps)) - 1, 0)
+        is_usable = isinstance(found, int) and (every is not None or found <= self._most)
+        self.every: int | None = found if is_usable else None
         self.members = 1
         self._seen: list[tuple[float, float]] = []
 

@@ -24,6 +24,7 @@ from hyperopt_implicit.kept_trials import KeptTrials
 from hyperopt_implicit.knob_space import Builder, KnobSpace
 from hyperopt_implicit.messages import first_line, nearest, warn
 from hyperopt_implicit.optimize import optimize
+from hyperopt_implicit.places import counted
 from hyperopt_implicit.prepared_run import check_options
 from hyperopt_implicit.reporting import Pace
 from hyperopt_implicit.search_record import SearchRecord
@@ -40,7 +41,7 @@ from hyperopt_implicit.studies import (
 from hyperopt_implicit.telling import FAILURES, OBJECTIVES, Objective, Teller, front
 from hyperopt_implicit.tracking import Tracking, resolve
 from hyperopt_implicit.trials import TrialPlan, TrialRunner
-from hyperopt_implicit.workers import claim, counted, give_back, reclaim
+from hyperopt_implicit.workers import claim, give_back, reclaim
 
 if TYPE_CHECKING:
     from optuna.artifacts._protocol import ArtifactStore
@@ -256,7 +257,6 @@ def _batches(
             "more; raise it to go on."
         )
     while not interrupt.requested and time.monotonic() < until:
-        reclaim(study)
         trials: list[Trial] = []
         try:
             while len(trials) < size:

@@ -13,11 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hyperopt_implicit.places import is_lost, visible_trials
 from hyperopt_implicit.run_record import figures_of, source_of, source_tags, versions
 from hyperopt_implicit.servers import without_password
 from hyperopt_implicit.telling import front, objective_names
 from hyperopt_implicit.tracking import Tracker, Tracking
-from hyperopt_implicit.workers import is_lost, visible_trials
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

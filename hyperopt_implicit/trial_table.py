@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from hyperopt_implicit.places import is_lost, visible_trials
 from hyperopt_implicit.telling import front, objective_names
-from hyperopt_implicit.workers import is_lost, visible_trials
 
 if TYPE_CHECKING:
     from optuna.study import Study

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hyperopt_implicit.backend import Spec
 from hyperopt_implicit.errors import DeclarationError, SearchError
+from hyperopt_implicit.heartbeats import Heartbeat
 from hyperopt_implicit.history import Result
 from hyperopt_implicit.interrupts import Interrupt
 from hyperopt_implicit.knob_space import KnobSpace
@@ -20,7 +21,7 @@ from hyperopt_implicit.problem import BilevelProblem
 from hyperopt_implicit.reporting import Pace, Reporter
 from hyperopt_implicit.telling import Teller, front, reason_of
 from hyperopt_implicit.tracking import Tracking
-from hyperopt_implicit.workers import Heartbeat, give_back
+from hyperopt_implicit.workers import give_back
 
 if TYPE_CHECKING:
     from optuna.study import Study

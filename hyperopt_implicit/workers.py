@@ -12,18 +12,14 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
-from hyperopt_implicit.heartbeats import Heartbeat, beat, has_heartbeats, mark, silent
+from hyperopt_implicit.heartbeats import beat, has_heartbeats, mark, silent
 from hyperopt_implicit.places import (
     FIXED,
     RETRY_OF,
     SURPLUS,
     WORKER,
-    counted,
-    is_lost,
-    origin,
     places,
     repeated,
-    visible_trials,
 )
 from hyperopt_implicit.processes import identity, lives
 from hyperopt_implicit.retries import end, give_up, give_up_killed, repeat_forgotten
@@ -32,18 +28,6 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.study import Study
     from optuna.trial import FrozenTrial, Trial
-
-__all__ = [
-    "Heartbeat",
-    "claim",
-    "counted",
-    "give_back",
-    "identity",
-    "is_lost",
-    "origin",
-    "reclaim",
-    "visible_trials",
-]
 
 _UNMARKED = timedelta(minutes=10)  # a trial from the queue has no mark for a moment, nor have those of other programs
 
@@ -171,7 +155,8 @@ def give_back(study: Study, trial: Trial, *, reason: str = "interrupted", again:
 
     Example:
         >>> import optuna
-        >>> from hyperopt_implicit.workers import claim, give_back, origin
+        >>> from hyperopt_implicit.places import origin
+        >>> from hyperopt_implicit.workers import claim, give_back
         >>> study = optuna.create_study()
         >>> give_back(study, claim(study, {}, n_trials=1))
         >>> trial = claim(study, {}, n_trials=1)

@@ -15,7 +15,8 @@ from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import TrialState
 
-from hyperopt_implicit.workers import Heartbeat, claim
+from hyperopt_implicit.heartbeats import Heartbeat
+from hyperopt_implicit.workers import claim
 
 from .postgres import Postgres
 

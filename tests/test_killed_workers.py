@@ -16,11 +16,13 @@ from optuna.study import Study
 from optuna.trial import TrialState, create_trial
 
 from hyperopt_implicit import heartbeats, processes, retries, workers
+from hyperopt_implicit.heartbeats import Heartbeat
 from hyperopt_implicit.optuna_warnings import accepting_experimental
+from hyperopt_implicit.places import counted, origin
 from hyperopt_implicit.processes import identity, lives
 from hyperopt_implicit.retries import MAX_RETRIES
 from hyperopt_implicit.storages import open_storage
-from hyperopt_implicit.workers import Heartbeat, claim, counted, give_back, origin, reclaim
+from hyperopt_implicit.workers import claim, give_back, reclaim
 
 from .study_workers import KINDS, KNOBS, at_once, hanging, run, states, url_of
 

@@ -13,8 +13,10 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from hyperopt_implicit.errors import SearchError
+from hyperopt_implicit.heartbeats import Heartbeat
+from hyperopt_implicit.places import counted
 from hyperopt_implicit.storages import open_storage, shown
-from hyperopt_implicit.workers import Heartbeat, claim, counted
+from hyperopt_implicit.workers import claim
 
 from .postgres import PASSWORD, USER, Postgres
 from .study_workers import assert_shared, at_once

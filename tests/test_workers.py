@@ -14,9 +14,10 @@ from optuna.trial import TrialState
 
 from hyperopt_implicit import workers
 from hyperopt_implicit.optuna_warnings import accepting_experimental
+from hyperopt_implicit.places import counted, origin, visible_trials
 from hyperopt_implicit.processes import identity
 from hyperopt_implicit.storages import open_storage
-from hyperopt_implicit.workers import claim, counted, give_back, origin, visible_trials
+from hyperopt_implicit.workers import claim, give_back
 
 from .study_workers import KINDS, KNOBS, assert_shared, at_once, run, states, url_of
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
+from hyperopt_implicit.heartbeats import Heartbeat
 from hyperopt_implicit.storages import open_storage
-from hyperopt_implicit.workers import Heartbeat, claim, reclaim
+from hyperopt_implicit.workers import claim, reclaim
 
 KNOBS = {"lr": FloatDistribution(0.01, 1.0, log=True), "width": CategoricalDistribution([64, 128])}
 
