@@ -10,6 +10,8 @@
     ├── HypergradientError            a hypergradient failed and the caller asked for an exception
     ├── AuxiliaryError                losses, labels or parameters do not fit a part of auxiliary learning
     ├── SearchError                   a study cannot be created or continued
+    ├── CheckpointError               a checkpoint cannot be written, read, or continued by this run
+    ├── DistributedError              the processes of a run differ, or one of them is lost
     └── CommandError                  the command line was given something it cannot use
 
     HyperoptWarning                   a run goes on, but its user should know something
@@ -56,6 +58,14 @@ class AuxiliaryError(HyperoptError):
 
 class SearchError(HyperoptError):
     """A study cannot be created or continued."""
+
+
+class CheckpointError(HyperoptError):
+    """A checkpoint cannot be written, cannot be read, or belongs to another run."""
+
+
+class DistributedError(HyperoptError):
+    """The processes of one run differ in what must be the same, or one of them is lost."""
 
 
 class CommandError(HyperoptError):
