@@ -5,14 +5,18 @@ What a batch contains is the losses' business; nothing here looks inside beyond 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.data.dataloader import _DatasetKind, _SingleProcessDataLoaderIter
 
 from hyperopt_implicit.errors import DataError
+from hyperopt_implicit.messages import warn
+from hyperopt_implicit.randomness import AllGenerators, random_states
 
 Data = Iterable[Any]
 
@@ -78,6 +82,13 @@ def bytes_of(batch: Any) -> int:
 class BatchStream:
     """An endless stream over re-iterable data: pass after pass, each batch moved to the device when it is taken.
 
+    Its place can be saved and found again. In a list that is a number. Data with ``state_dict`` and
+    ``load_state_dict`` (torchdata's loaders) knows its place itself. In other data, the generators are put back to
+    where they stood when the pass began, and what was taken of it is taken again: of a DataLoader without workers, only
+    its indices.
+
+    A sampler that wants to know the number of the pass (``set_epoch`` of torch's DistributedSampler) is told.
+
     Attributes:
         is_list: whether the batches stand in a list, so that taking one draws no random numbers.
         is_resident: whether they are in memory anyway, so that holding one takes none.
@@ -91,6 +102,10 @@ class BatchStream:
         self._role = role
         self._iterator: Iterator[Any] = iter(())
         self._ahead: list[Any] = []
+        self._passes = 0
+        self._taken = 0
+        self._generators: AllGenerators | None = None
+        self._start: dict[str, Any] | None = None
 
     def next(self) -> Any:
         """The next batch; a new pass begins when the data is through."""
@@ -110,11 +125,100 @@ class BatchStream:
         nothing = object()
         batch = next(self._iterator, nothing)
         if batch is nothing:
-            self._iterator = iter(self._data)
+            self._begin_pass()
             batch = next(self._iterator, nothing)
         if batch is nothing:
             raise _empty(self._role)
+        self._taken += 1
         return to_device(batch, self._device)
+
+    def _begin_pass(self) -> None:
+        set_epoch = getattr(getattr(self._data, "sampler", None), "set_epoch", None)
+        if callable(set_epoch):
+            set_epoch(self._passes)
+        self._passes, self._taken = self._passes + 1, 0
+        if self._generators is not None:
+            self._start = self._generators.states()
+        self._iterator = iter(self._data)
+
+    # -------------------------------------------------------------------------------------------------------- its place
+
+    def remember(self, generators: AllGenerators) -> None:
+        """From now on, note where the generators stand when a pass begins; without, :meth:`state_dict` is of no use."""
+        if not self.is_list and not _knows_its_place(self._data):
+            self._generators = generators
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place of the stream, with a batch that was looked at and not yet taken."""
+        return {
+            "passes": self._passes,
+            "taken": self._taken,
+            "ahead": [] if self.is_list else list(self._ahead),
+            "looked": len(self._ahead),
+            "start": self._start,
+            "own": self._data.state_dict() if _knows_its_place(self._data) else None,  # type: ignore[attr-defined]
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a place that :meth:`state_dict` gave. Afterwards the generators stand anywhere.
+
+        Warns:
+            HyperoptWarning: the place cannot be found again for certain.
+        """
+        self._passes, self._taken, self._start = state["passes"], state["taken"], state["start"]
+        self._ahead = [to_device(each, self._device) for each in state["ahead"]]
+        if self.is_list:
+            self._taken -= state["looked"]
+            self._iterator = islice(iter(self._data), self._taken, None)
+        elif state["own"] is not None:
+            self._data.load_state_dict(state["own"])  # type: ignore[attr-defined]
+            self._iterator = iter(self._data)
+        elif self._start is None:
+            self._iterator = iter(())  # no pass was begun
+        else:
+            self._begin_again()  # one that is through as well: it may draw once more as it finds that out
+
+    def _begin_again(self) -> None:
+        """Begin the present pass once more, and leave out what was taken of it."""
+        assert self._generators is not None and self._start is not None
+        set_epoch = getattr(getattr(self._data, "sampler", None), "set_epoch", None)
+        if callable(set_epoch):
+            set_epoch(self._passes - 1)
+        self._generators.put_back(self._start)
+        self._iterator = iter(self._data)
+        index = _next_index(self._iterator)
+        if index is not None:
+            for _ in range(self._taken):
+                index()
+            return
+        draws = False
+        for i in range(self._taken):
+            before = random_states(self._device)
+            next(self._iterator, None)
+            if i and not draws:
+                draws = any(not torch.equal(x, y) for x, y in zip(before, random_states(self._device), strict=True))
+        if draws or getattr(self._data, "persistent_workers", False):
+            warn(
+                f"{self._role} is iterated in a way whose place cannot be found again for certain: "
+                + (
+                    "it draws from torch's generator with each batch, as the training does in between. "
+                    if draws
+                    else "with persistent_workers=True, what its workers draw depends on all passes before. "
+                )
+                + "What follows may differ from what a run without a break would have seen. Give it a generator of its "
+                "own, or the methods state_dict and load_state_dict."
+            )
+
+
+def _knows_its_place(data: Any) -> bool:
+    return callable(getattr(data, "state_dict", None)) and callable(getattr(data, "load_state_dict", None))
+
+
+def _next_index(iterator: Iterator[Any]) -> Callable[[], Any] | None:
+    """What moves a DataLoader's iterator on by a batch without loading it, where it loads in this process by index."""
+    if not isinstance(iterator, _SingleProcessDataLoaderIter) or iterator._dataset_kind != _DatasetKind.Map:
+        return None
+    return iterator._next_index
 
 
 def _empty(role: str) -> DataError:

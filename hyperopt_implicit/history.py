@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 MAX_ELEMENTS = 20
 """Hyperparameters of up to so many elements are recorded element by element, larger ones by min, mean and max."""
 
-StopReason = Literal["all outer steps done", "no improvement", "stopped by a callback", "too many failed steps"]
+StopReason = Literal[
+    "all outer steps done", "no improvement", "stopped by a callback", "too many failed steps", "interrupted"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +199,26 @@ class History(Sequence[OuterStep]):
     def __iter__(self) -> Iterator[OuterStep]:
         return map(self._step, range(len(self)))
 
+    def state_dict(self) -> dict[str, Any]:
+        """The history as tensors of numbers and lists of names."""
+        kinds = {id(names): i for i, names in enumerate(self._known)}
+        return {
+            "numbers": _tensor(self._numbers, torch.float64),
+            "starts": _tensor(self._starts, torch.int64),
+            "names": [list(names) for names in self._known],
+            "kinds": torch.tensor([kinds[id(names)] for names in self._names], dtype=torch.int64),
+            "notes": dict(self._notes),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Hold what :meth:`state_dict` gave, in the place of what was held."""
+        self._numbers = array("d", state["numbers"].tolist())
+        self._starts = array("q", state["starts"].tolist())
+        known = [tuple(names) for names in state["names"]]
+        self._known = {names: names for names in known}
+        self._names = [known[i] for i in state["kinds"].tolist()]
+        self._notes = dict(state["notes"])
+
     def to_dataframe(self) -> pd.DataFrame:
         """A row an outer step; hyperparameters as columns ``hyperparameter/name``; :attr:`notes` are left out."""
         import pandas as pd
@@ -208,6 +230,11 @@ class History(Sequence[OuterStep]):
             row.update((f"hyperparameter/{name}", x) for name, x in each.hyperparameters.items())
             rows.append(row)
         return pd.DataFrame(rows)
+
+
+def _tensor(numbers: array[Any], dtype: torch.dtype) -> Tensor:
+    """A copy: an array whose memory is shared cannot grow."""
+    return torch.frombuffer(numbers, dtype=dtype).clone() if numbers else torch.empty(0, dtype=dtype)
 
 
 _APART = ("hyperparameters", "note")

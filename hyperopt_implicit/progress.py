@@ -15,10 +15,11 @@ class ProgressBar:
     Args:
         total: number of outer steps.
         enabled: whether to draw; None draws on a terminal only, and False keeps silent altogether.
+        done: how many of them were taken before.
     """
 
-    def __init__(self, total: int, enabled: bool | None = None) -> None:
-        self._total = total
+    def __init__(self, total: int, enabled: bool | None = None, *, done: int = 0) -> None:
+        self._total, self._done = total, done
         self._speaks = enabled is not False
         self._enabled = sys.stderr.isatty() if enabled is None else enabled
         self._progress: Any = None
@@ -32,7 +33,7 @@ class ProgressBar:
             columns = (TextColumn("outer step"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self._progress = Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True))
             self._progress.start()
-            self._task = self._progress.add_task("", total=self._total)
+            self._task = self._progress.add_task("", total=self._total, completed=self._done)
         return self
 
     def update(self, step: OuterStep) -> None:

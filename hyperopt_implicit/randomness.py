@@ -1,12 +1,22 @@
-"""The state of torch's generators: taken down, and put back for a step or a loss that is to draw the same again."""
+"""The state of random generators: taken down, and put back for what is to draw the same again.
+
+Torch's own are enough for a step or a loss that is done over. A run that another process goes on with needs all of
+them: numpy's, Python's, and those that its data holds.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+_DEPTH = 5  # of attributes and containers in which data is searched for generators
+_MANY = 1000  # a container of more is data, and not looked through
 
 
 def random_states(device: torch.device) -> list[Tensor]:
@@ -37,3 +47,109 @@ def replaying(states: list[Tensor], device: torch.device) -> Iterator[None]:
         yield
     finally:
         set_random_states(before, device)
+
+
+class AllGenerators:
+    """Every generator that a run may draw from: torch's, numpy's, Python's, and those that its data holds.
+
+    Args:
+        device: of the run.
+        data: what is searched for generators: loaders, their samplers and datasets.
+    """
+
+    def __init__(self, device: torch.device, data: Sequence[Any]) -> None:
+        self._device = device
+        self._own = [generator for each in data for generator in generators_in(each)]
+
+    def states(self) -> dict[str, Any]:
+        """Their states, as tensors, numbers and containers of them."""
+        numpy = sys.modules.get("numpy")
+        return {
+            "torch": random_states(self._device),
+            "python": random.getstate(),
+            "numpy": None if numpy is None else _plain(numpy.random.get_state(legacy=False)),
+            "own": [_state_of(each) for each in self._own],
+        }
+
+    def put_back(self, states: Mapping[str, Any]) -> None:
+        """Put back what :meth:`states` gave. A number of GPUs that is another one now leaves these alone."""
+        now = random_states(self._device)
+        same = len(now) == len(states["torch"])
+        set_random_states(states["torch"] if same else [states["torch"][0], *now[1:]], self._device)
+        random.setstate(states["python"])
+        if states["numpy"] is not None:
+            import numpy
+
+            numpy.random.set_state(_with_arrays(states["numpy"]))
+        for each, state in zip(self._own, states["own"], strict=False):
+            _put_into(each, state)
+
+
+def generators_in(data: Any) -> list[Any]:
+    """The generators of torch, numpy and Python that are reachable from an object by its attributes and containers."""
+    found: list[Any] = []
+    seen: set[int] = set()
+    level = [data]
+    for _ in range(_DEPTH):
+        deeper: list[Any] = []
+        for each in level:
+            if id(each) in seen or isinstance(each, Tensor | nn.Module | str | bytes | type):
+                continue
+            seen.add(id(each))
+            if _is_generator(each):
+                found.append(each)
+            elif isinstance(each, Mapping):
+                deeper += each.values() if len(each) <= _MANY else ()
+            elif isinstance(each, list | tuple | set):
+                deeper += each if len(each) <= _MANY else ()
+            else:
+                deeper += getattr(each, "__dict__", {}).values()
+        level = deeper
+    return found
+
+
+def _is_generator(value: Any) -> bool:
+    if isinstance(value, torch.Generator | random.Random):
+        return True
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.random.Generator | numpy.random.RandomState)
+
+
+def _state_of(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if hasattr(generator, "bit_generator"):
+        return _plain(generator.bit_generator.state)
+    return _plain(generator.get_state(legacy=False))
+
+
+def _put_into(generator: Any, state: Any) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif hasattr(generator, "bit_generator"):
+        generator.bit_generator.state = _with_arrays(state)
+    else:
+        generator.set_state(_with_arrays(state))
+
+
+def _plain(state: Any) -> Any:
+    """A state of numpy's with its arrays as bytes."""
+    if isinstance(state, dict):
+        return {key: _plain(value) for key, value in state.items()}
+    if getattr(state, "shape", ()):
+        return {"dtype": str(state.dtype), "bytes": state.tobytes()}
+    return state.item() if hasattr(state, "item") else state
+
+
+def _with_arrays(state: Any) -> Any:
+    import numpy
+
+    if not isinstance(state, dict):
+        return state
+    if state.keys() == {"dtype", "bytes"}:
+        return numpy.frombuffer(state["bytes"], dtype=state["dtype"]).copy()
+    return {key: _with_arrays(value) for key, value in state.items()}

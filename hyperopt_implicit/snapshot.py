@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from hyperopt_implicit.problem import BilevelProblem, InnerState
 
 _SET_FROM_OUTSIDE = {"params", "lr", "initial_lr", "momentum", "betas", "weight_decay"}
 """Entries of an optimizer's groups that schedules and hyperparameters write; in others, some optimizers count."""
+_HELD = ("buffers", "slots", "plain", "groups")
 
 
 class Copies:
@@ -105,6 +106,16 @@ class Snapshot:
             for key in self._counted(group) - kept.keys():
                 del group[key]
             group.update({key: _plain(x) for key, x in kept.items()})
+
+    def state_dict(self) -> dict[str, Any]:
+        """The copy, as tensors and plain values by name; shares its memory."""
+        return {name: getattr(self, f"_{name}") for name in _HELD} | {"tensors": self._copies.tensors}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Hold the copy that :meth:`state_dict` gave."""
+        for name in _HELD:
+            setattr(self, f"_{name}", state[name])
+        self._copies.take([each.to(self._problem.device) for each in state["tensors"]])
 
     def _counted(self, group: dict[str, Any]) -> set[str]:
         return group.keys() - _SET_FROM_OUTSIDE - set(self._problem.hyperparameters.names("optimizer"))

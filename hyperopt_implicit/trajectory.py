@@ -1,7 +1,7 @@
 """Inner steps from the model's present state, on copies, and an adjoint carried back through them.
 
 A :class:`Trajectory` walks forward, keeps the iterates that its plan says, in memory or on disk, and goes back to them
-to differentiate one step at a time. Which iterates those are is decided in ``checkpointing.py``.
+to differentiate one step at a time. Which iterates those are is decided in ``reversal.py``.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from hyperopt_implicit.checkpointing import Action, Plan
 from hyperopt_implicit.inner_loop import InnerSteps, Iterate
 from hyperopt_implicit.problem import BilevelProblem
 from hyperopt_implicit.randomness import random_states, replaying, set_random_states
+from hyperopt_implicit.reversal import Action, Plan
 from hyperopt_implicit.vectors import Params, is_finite
 
 
@@ -213,7 +213,8 @@ class _OnDisk:
         self._last: _Layout | None = None
 
     def put(self, at: int, iterate: Iterate, random: list[Tensor]) -> None:
-        tensors, structure = pytree.tree_flatten((iterate.params, iterate.slots, iterate.buffers, random))
+        held = (iterate.params, iterate.slots, iterate.buffers, iterate.scaling, random)
+        tensors, structure = pytree.tree_flatten(held)
         tensors = [_dense(x) for x in tensors]
         layout = [(x.size(), x.stride(), x.dtype, x.device) for x in tensors], structure
         if layout != self._last:
@@ -231,8 +232,8 @@ class _OnDisk:
                 x = torch.empty_strided(size, stride, dtype=dtype)
                 file.readinto(_bytes(x))
                 tensors.append(x.to(device))
-        params, slots, buffers, random = pytree.tree_unflatten(tensors, structure)
-        return Iterate(params, slots, buffers), random
+        params, slots, buffers, scaling, random = pytree.tree_unflatten(tensors, structure)
+        return Iterate(params, slots, buffers, scaling), random
 
     def pop(self, at: int) -> tuple[Iterate, list[Tensor]]:
         found = self.get(at)

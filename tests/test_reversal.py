@@ -7,7 +7,7 @@ from math import comb
 
 import pytest
 
-from hyperopt_implicit.checkpointing import Plan, fewest_slots, forward_steps, repeats, reversal
+from hyperopt_implicit.reversal import Plan, fewest_slots, forward_steps, repeats, reversal
 
 
 @cache

@@ -1,0 +1,215 @@
+"""All that determines how a run goes on, taken down between two steps and put back in another process.
+
+How that is written to a folder is in ``checkpoint.py``; when it is done, in ``prepared_run.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hyperopt_implicit.checkpoint import Checkpoints, Saved
+from hyperopt_implicit.data import number_of_batches
+from hyperopt_implicit.errors import CheckpointError, HyperoptError
+from hyperopt_implicit.messages import first_line, warn
+from hyperopt_implicit.randomness import AllGenerators
+
+if TYPE_CHECKING:
+    from hyperopt_implicit.history import Callback
+    from hyperopt_implicit.hyper_optimizer import HyperOptimizer
+    from hyperopt_implicit.outer_loop import Run
+
+_FORMAT = 1
+_MAY_CHANGE = ("outer_steps", "patience", "min_delta", "max_failures", "on_failure")
+_SHOWN = 5  # differences at most in a message
+
+
+class RunKeeper:
+    """Saves a run as it goes, and brings back one that was saved.
+
+    Args:
+        checkpoints: where.
+        resume: whether to go on with a run that has left checkpoints there; a new one begins where there are none.
+        lenient: whether a run that cannot be brought back or saved begins anew, with a warning; else it is refused.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, *, resume: bool, lenient: bool = False) -> None:
+        self._checkpoints = checkpoints
+        self._resume = resume
+        self._lenient = lenient
+        self._identity: dict[str, str] = {}
+        self._writes = True
+
+    @property
+    def place(self) -> str:
+        """The folder, in words."""
+        return str(self._checkpoints.folder)
+
+    def found(self, identity: Mapping[str, str]) -> Saved | None:
+        """The run to go on with; None where a new one is to begin.
+
+        Args:
+            identity: what :func:`identity_of` gives for the run that asks.
+
+        Raises:
+            CheckpointError: there is one, and it must not be gone on with, or cannot.
+        """
+        self._identity = dict(identity)
+        if not self._resume:
+            self._checkpoints.refuse_others()
+            return None
+        try:
+            saved = self._checkpoints.newest()
+            if saved is not None:
+                _refuse_differences(saved, self._identity)
+        except CheckpointError as error:
+            if not self._lenient:
+                raise
+            warn(f"begins anew: {error}")
+            return None
+        return saved
+
+    def attach(self, run: Run, callbacks: Sequence[Callback], run_id: Callable[[], str | None]) -> None:
+        """Name what is saved from now on.
+
+        Args:
+            run: before its first step.
+            callbacks: those with ``state_dict`` and ``load_state_dict`` are saved with it.
+            run_id: gives the id of the tracked run, as far as it is known.
+        """
+        self._run, self._callbacks, self._run_id = run, list(callbacks), run_id
+        problem = run.loop.problem
+        self._generators = AllGenerators(problem.device, [problem.training_data, problem.validation_data])
+        run.loop.training.remember(self._generators)
+        run.loop.validation.remember(self._generators)
+
+    def bring_back(self, saved: Saved) -> None:
+        """Put the run into the state that was saved, all but the generators.
+
+        Raises:
+            CheckpointError: it does not fit.
+        """
+        try:
+            self._run.load_state_dict(saved.state["run"])
+        except HyperoptError:
+            raise
+        except (KeyError, RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise CheckpointError(
+                f"a run is resumed with the model, optimizers, schedulers and data that it was begun with; "
+                f"{saved.path} does not fit these: {first_line(error)}"
+            ) from error
+        for callback, (kind, state) in zip(self._callbacks, saved.state["callbacks"], strict=False):
+            load = getattr(callback, "load_state_dict", None)
+            if state is not None and callable(load) and type(callback).__qualname__ == kind:
+                load(state)
+
+    def bring_back_generators(self, saved: Saved) -> None:
+        """Put all generators to where they stood; the last thing before the run goes on."""
+        self._generators.put_back(saved.state["generators"])
+
+    def begin(self) -> None:
+        """Save the run before its first step.
+
+        Raises:
+            CheckpointError: it cannot be saved.
+        """
+        try:
+            self._checkpoints.begin(self.state())
+        except CheckpointError as error:
+            if not self._lenient:
+                raise
+            self._writes = False
+            warn(f"goes on without checkpoints: {error}")
+
+    def after_step(self) -> None:
+        """Save the run where it is time to."""
+        if self._writes and self._checkpoints.is_due(len(self._run.history)):
+            self.save()
+
+    def after_warm_up_steps(self) -> None:
+        """Save the run in the course of its warm-up, where it is time to and its weights are sound."""
+        if self._writes and self._run.is_good and self._checkpoints.is_due_by_time():
+            self.save()
+
+    def save(self) -> bool:
+        """Save the run as it is now; whether that was possible."""
+        return self._writes and self._checkpoints.save(self.state(), len(self._run.history))
+
+    def state(self) -> dict[str, Any]:
+        """What is saved."""
+        states = [getattr(each, "state_dict", None) for each in self._callbacks]
+        return {
+            "format": _FORMAT,
+            "torch": str(torch.__version__),
+            "identity": self._identity,
+            "run_id": self._run_id(),
+            "run": self._run.state_dict(),
+            "callbacks": [
+                (type(each).__qualname__, state() if callable(state) else None)
+                for each, state in zip(self._callbacks, states, strict=True)
+            ],
+            "generators": self._generators.states(),
+        }
+
+
+def identity_of(outer: HyperOptimizer, options: Mapping[str, Any]) -> dict[str, str]:
+    """What must be the same for a run to be gone on with, as text by name; taken before the first step."""
+    problem = outer.problem
+    found = {name: repr(value) for name, value in options.items() if name not in _MAY_CHANGE}
+    found["backend"] = repr(outer.backend)
+    for name, p in problem.params.items():
+        found[f"parameter {name}"] = _kind(p)
+    for name, p in problem.hparams.items():
+        found[f"hyperparameter {name}"] = _kind(p)
+    for role, optimizer in (("inner", problem.optimizer), ("outer", outer.optimizer)):
+        found[f"{role} optimizer"] = type(optimizer).__name__
+        for i, group in enumerate(optimizer.param_groups):
+            for key, value in group.items():
+                if isinstance(value, int | float | str | tuple | None):
+                    found[f"{key} of the {role} optimizer" + (f", group {i}" if i else "")] = repr(value)
+    for role in ("training_data", "validation_data"):
+        data = getattr(problem, role)
+        found[f"batches of {role}"] = str(None if data is None else number_of_batches(data))
+    return found
+
+
+def _kind(p: Tensor) -> str:
+    return f"{str(p.dtype).removeprefix('torch.')} {list(p.shape)}"
+
+
+def _refuse_differences(saved: Saved, now: Mapping[str, str]) -> None:
+    """Refuse a checkpoint of something else.
+
+    Raises:
+        CheckpointError: with the differences.
+
+    Warns:
+        HyperoptWarning: it was saved with another version of torch.
+    """
+    state = saved.state
+    if state.get("format") != _FORMAT or not isinstance(state.get("identity"), dict):
+        raise CheckpointError(
+            f"a checkpoint must be one of hyperopt_implicit.optimize, in format {_FORMAT}; {saved.path} has format "
+            f"{state.get('format')!r}. Resume it with the version that wrote it, or name another folder."
+        )
+    before: dict[str, str] = state["identity"]
+    names = [*before, *(name for name in now if name not in before)]
+    differences = [
+        f"{name} was {before.get(name, 'not there')}, now {now.get(name, 'not there')}"
+        for name in names
+        if before.get(name) != now.get(name)
+    ]
+    if differences:
+        more = f" and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
+        raise CheckpointError(
+            f"a run is resumed with the settings that it was begun with; that in {saved.path.parent} differs: "
+            f"{'; '.join(differences[:_SHOWN])}{more}. Put them back, or begin a new run in another folder."
+        )
+    if state["torch"] != torch.__version__:
+        warn(
+            f"{saved.path} was written with torch {state['torch']}, and this is {torch.__version__}: the run goes on, "
+            "but its last digits may differ from those it would have had."
+        )
