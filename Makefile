@@ -4,19 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: help demo ui test test-slow check lint types docs doctest serve-docs benchmark examples auxiliary clean \
+.PHONY: help demo ui test test-slow check lint types security audit docs doctest serve-docs benchmark examples \
+	auxiliary clean \
 	benchmark-steady-state benchmark-unrolled benchmark-precision benchmark-peers benchmark-runs benchmark-scaling \
-	benchmark-populations benchmark-search benchmark-search-overhead
+	benchmark-populations benchmark-search benchmark-search-overhead benchmark-checkpoints benchmark-distributed
 
 help:
 	@echo "make demo       set up and run the demo: auxiliary learning on digits"
 	@echo "make ui         open MLflow's UI on the runs of the demo"
 	@echo "make test       set up and run the tests"
 	@echo "make test-slow  the long versions"
-	@echo "make check      lint, strict types, docs build, doctests and the code of the docs"
+	@echo "make check      lint, strict types, security, docs build, doctests and the code of the docs"
+	@echo "make audit      known vulnerabilities of the packages that are installed; needs the network"
 	@echo "make benchmark  cost of the backends against loops written by hand; writes docs/benchmarks.md"
 	@echo "make benchmark-steady-state, -unrolled, -precision, -peers, -runs, -scaling, -populations, -search,"
-	@echo "     -search-overhead: the other pages"
+	@echo "     -search-overhead, -checkpoints, -distributed: the other pages"
 	@echo "make examples   run every example in full; writes docs/examples.md"
 	@echo "make auxiliary  compare all methods for auxiliary learning; writes docs/auxiliary-results.md"
 
@@ -40,7 +42,7 @@ test: $(VENV)/.installed
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow tests
 
-check: lint types docs doctest
+check: lint types security docs doctest
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -48,6 +50,17 @@ lint: $(VENV)/.installed
 
 types: $(VENV)/.installed
 	$(BIN)/mypy
+
+security: $(VENV)/.installed
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive hyperopt_implicit backends
+
+# not part of check: what is known of the packages changes without anything having changed here
+audit: $(VENV)/.installed
+	@found=$$($(BIN)/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip --timeout 20 2>&1); \
+	code=$$?; echo "$$found" | grep -v "^WARNING:pip_audit"; \
+	if [ $$code -ne 0 ] && ! echo "$$found" | grep -q "^Found "; then \
+		echo "make audit: the database of known vulnerabilities could not be asked (see above); nothing is known."; \
+	fi; exit $$code
 
 docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -86,8 +99,14 @@ benchmark-scaling: $(VENV)/.installed
 benchmark-search: $(VENV)/.installed
 	$(BIN)/python benchmarks/search.py --write docs/benchmarks-search.md
 
+benchmark-distributed: $(VENV)/.installed
+	$(BIN)/python benchmarks/distributed.py --write docs/benchmarks-distributed.md
+
 benchmark-search-overhead: $(VENV)/.installed
 	$(BIN)/python benchmarks/search_overhead.py --write docs/benchmarks-search-overhead.md
+
+benchmark-checkpoints: $(VENV)/.installed
+	$(BIN)/python benchmarks/checkpoints.py --write docs/benchmarks-checkpoints.md
 
 examples: $(VENV)/.installed
 	$(BIN)/python benchmarks/examples.py docs/examples.md

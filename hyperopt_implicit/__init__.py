@@ -33,6 +33,7 @@ from hyperopt_implicit.hyper_optimizer import HyperOptimizer, hypergradient
 from hyperopt_implicit.hyperparameters import Hyperparameters, hyperparameter
 from hyperopt_implicit.implicit import ImplicitBackend, Solution
 from hyperopt_implicit.knobs import knob, knobs_of
+from hyperopt_implicit.micro_batches import MicroBatches
 from hyperopt_implicit.minimizer import minimizer
 from hyperopt_implicit.operators import Hessian, LinearOperator
 from hyperopt_implicit.optimize import optimize
@@ -67,6 +68,7 @@ __all__ = [
     "ImplicitBackend",
     "LinearOperator",
     "LossError",
+    "MicroBatches",
     "OuterStep",
     "Params",
     "Population",

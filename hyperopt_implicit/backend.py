@@ -17,6 +17,7 @@ from enum import StrEnum
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_type_hints
 
+from hyperopt_implicit.argument_checks import shown
 from hyperopt_implicit.errors import BackendError
 from hyperopt_implicit.messages import nearest
 from hyperopt_implicit.vectors import Params
@@ -43,11 +44,17 @@ class Status(StrEnum):
     DIVERGED = "diverged"
     SINGULAR = "singular"
     NON_FINITE = "non-finite"
+    OUT_OF_MEMORY = "out of memory"
 
     @property
     def failed(self) -> bool:
         """Whether the number is not what the method promises."""
         return self not in (Status.CONVERGED, Status.TRUNCATED)
+
+    @property
+    def usable(self) -> bool:
+        """Whether there is a number at all, right or wrong, that hyperparameters could be moved by."""
+        return self not in (Status.NON_FINITE, Status.OUT_OF_MEMORY)
 
     @property
     def remedy(self) -> str:
@@ -77,6 +84,10 @@ _REMEDIES = {
     Status.NON_FINITE: (
         "A loss, a product or a gradient was NaN or infinite. Lower the inner learning rate, clip, or look for a "
         "division by zero in the losses."
+    ),
+    Status.OUT_OF_MEMORY: (
+        "Memory ran out, and there was nothing left to do without. Use smaller training batches, or a backend that "
+        "holds less; `hyperopt-implicit backends NAME` says what each holds."
     ),
 }
 
@@ -146,6 +157,7 @@ class Backend(ABC):
             hyperparameters of the inner optimizer.
         needs_second_derivative: whether the training loss must be twice differentiable by autograd.
         needs_validation_gradient: whether the validation loss must be differentiable.
+        takes_complex_weights: whether trained parameters may be complex.
         batches: whether the training batches are ``"averaged"`` into one loss (or stepped through), or ``"sampled"``:
             each product takes the next of them, and the result is right for the average in expectation only.
         card: what the tables of methods say about it.
@@ -154,6 +166,7 @@ class Backend(ABC):
     differentiates: ClassVar[Literal["solution", "trajectory"]] = "solution"
     needs_second_derivative: ClassVar[bool] = True
     needs_validation_gradient: ClassVar[bool] = True
+    takes_complex_weights: ClassVar[bool] = True
     batches: ClassVar[Literal["averaged", "sampled"]] = "averaged"
     card: ClassVar[Card | None] = None
 
@@ -198,6 +211,13 @@ class Backend(ABC):
         Raises:
             BackendError: the problem has a hyperparameter that the backend cannot see, or is too large for it.
         """
+        for name, p in problem.params.items():
+            if p.is_complex() and not self.takes_complex_weights:
+                raise BackendError(
+                    f"backend {type(self).__name__} needs real weights; {name!r} is {p.dtype}. Hold real and imaginary "
+                    "part as two parameters and put them together with torch.complex, or use a backend that takes "
+                    f"complex ones ({_names_where(lambda b: b.takes_complex_weights)})."
+                )
         hidden = problem.hyperparameters.names("optimizer")
         if hidden and self.differentiates == "solution":
             through = _names_where(lambda b: b.differentiates == "trajectory")
@@ -270,7 +290,7 @@ def validated_options(backend: type[Backend], options: Mapping[str, Any]) -> dic
             valid[name] = adapters[name].validate_python(value)
         except ValidationError as error:
             rules = "; ".join(dict.fromkeys(each["msg"][:1].lower() + each["msg"][1:] for each in error.errors()))
-            raise BackendError(f"{backend.__name__} option {name!r}: {rules}; got {value!r}.") from error
+            raise BackendError(f"{backend.__name__} option {name!r}: {rules}; got {shown(value)}.") from error
     return valid
 
 
@@ -320,7 +340,7 @@ def get_backend(spec: Spec, **options: Any) -> Backend:
         spec = {"name": spec}
     if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
         raise BackendError(
-            f"a backend is given by name, as a dict with 'name' and its options, or as an instance; got {spec!r}."
+            f"a backend is given by name, as a dict with 'name' and its options, or as an instance; got {shown(spec)}."
         )
     backend = get_backend_class(spec["name"])
     given = {**{key: value for key, value in spec.items() if key != "name"}, **options}

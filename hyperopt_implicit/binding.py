@@ -19,6 +19,28 @@ from hyperopt_implicit.messages import nearest
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
+def check_bare(model: nn.Module) -> None:
+    """Refuse a model that divides itself over devices or processes: second derivatives do not pass through that.
+
+    Raises:
+        ProblemError: with what to pass instead.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            kind, where = type(module).__name__, f", at {name!r}" if name else ""
+            raise ProblemError(
+                f"the model must be the bare module; got a {kind}{where}. Pass what it wraps (its .module): among "
+                "several processes, losses and gradients of every order are averaged here."
+            )
+    for name, p in model.named_parameters():
+        if hasattr(p, "placements") and hasattr(p, "full_tensor"):
+            raise ProblemError(
+                f"each process must hold the whole of every parameter; {name!r} is a {type(p).__name__}, of which this "
+                "one holds a shard (fully_shard, tensor parallelism). Leave the model whole: hypergradients take "
+                "replicated models over several processes only."
+            )
+
+
 def check_options(hyperparameters: Hyperparameters, optimizer: torch.optim.Optimizer) -> None:
     """Refuse hyperparameters of the optimizer that are no numeric options of it.
 
@@ -92,7 +114,7 @@ def inner_optimizer(optimizer: OptimizerFactory | torch.optim.Optimizer, model: 
             "the model must have at least one parameter with requires_grad=True; it has none, so there is nothing to "
             "train. Unfreeze the part that should be trained."
         )
-    made = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(trainable)
+    made: object = optimizer(trainable) if callable(optimizer) else optimizer
     if not isinstance(made, torch.optim.Optimizer):
         raise ProblemError(
             f"optimizer must be a torch.optim.Optimizer or a factory that returns one from a list of parameters; got "

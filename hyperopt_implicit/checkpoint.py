@@ -11,18 +11,25 @@ import os
 import re
 import time
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from hyperopt_implicit.errors import CheckpointError
 from hyperopt_implicit.messages import first_line, warn
 
+if TYPE_CHECKING:
+    from filelock import FileLock
+
 KEPT = 3
+_LOCK = ".lock"
+_LOCK_SECONDS = 10.0  # the workers of a killed process's loaders, which have inherited its lock, take five to notice
 _NAME = re.compile(r"step-(\d{9})\.pt")
+_UNFINISHED = re.compile(rf"\.{_NAME.pattern}\.\d+")
 _LEAST_SECONDS = 10.0
 _SHARE = 0.005  # of the time between two saves that a save may take, where their distance is not given
 
@@ -46,10 +53,14 @@ class Checkpoints:
     Args:
         folder: made when the first one is saved.
         every: save after so many outer steps; None saves when ``least_seconds`` have passed since the last time, and
-            200 times as long as saving takes.
+            long enough for a save to be no more than a ``share`` of the time.
         least_seconds: see ``every``.
+        share: of the time between two saves that a save may take, where ``every`` is None.
         durable: whether a file is flushed to the disk before it counts, so that it outlasts a loss of power. One that
             is not outlasts the death of its process.
+
+    Attributes:
+        folder: as given, and so ``least_seconds`` and ``share``.
 
     Raises:
         CheckpointError: the folder is a file, or ``every`` is no number of steps.
@@ -61,6 +72,7 @@ class Checkpoints:
         *,
         every: int | None = None,
         least_seconds: float = _LEAST_SECONDS,
+        share: float = _SHARE,
         durable: bool = True,
     ) -> None:
         if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
@@ -73,11 +85,39 @@ class Checkpoints:
         if self.folder.exists() and not self.folder.is_dir():
             raise CheckpointError(f"checkpoint must be a folder; {self.folder} is a file. Name another.")
         self._every = every
-        self._least = least_seconds
+        self.least_seconds, self.share = least_seconds, share
         self._durable = durable
         self._cost = 0.0
         self._last = time.monotonic()
         self._warned = False
+        self._lock: FileLock | None = None
+
+    def claim(self) -> None:
+        """Keep other processes out of the folder, which is made, until :meth:`release` or the end of this one.
+
+        Raises:
+            CheckpointError: another process is in it, or the folder cannot be made.
+        """
+        from filelock import FileLock, Timeout
+
+        try:
+            self.prepare()
+            self._lock = FileLock(self.folder / _LOCK)
+            self._lock.acquire(timeout=_LOCK_SECONDS)
+        except Timeout:
+            raise CheckpointError(
+                f"a folder of checkpoints belongs to one process at a time; another one is running in {self.folder}. "
+                "Wait for it or end it, or name another folder."
+            ) from None
+        except NotImplementedError:  # a file system without locks
+            pass
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def release(self) -> None:
+        """Let others in."""
+        if self._lock is not None:
+            self._lock.release()
 
     # ---------------------------------------------------------------------------------------------------------- reading
 
@@ -136,7 +176,7 @@ class Checkpoints:
 
     def is_due_by_time(self) -> bool:
         """Whether saving now would be rare enough to cost next to nothing."""
-        return time.monotonic() - self._last >= max(self._least, self._cost / _SHARE)
+        return time.monotonic() - self._last >= max(self.least_seconds, self._cost / self.share)
 
     def begin(self, state: Mapping[str, Any]) -> None:
         """The first checkpoint of a run, before its first step, which is read again to see whether that can be done.
@@ -145,21 +185,27 @@ class Checkpoints:
             CheckpointError: it cannot be written, or would not be read by ``torch.load(…, weights_only=True)``.
         """
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for each in self._unfinished():
-                each.unlink()
+            self.prepare()
             _read(self._write(state, 0))
         except OSError as error:
-            raise CheckpointError(
-                f"checkpoints must be written to {self.folder}, which did not work: {first_line(error)}. Name another "
-                "folder, or make room."
-            ) from error
+            raise self._unwritable(error) from error
         except Exception as error:
             raise CheckpointError(
                 "a checkpoint may hold tensors, numbers, text and containers of them, so that reading it runs no code; "
                 f"what was to be saved holds {_foreign(error)}. Look at the options of the optimizers and "
                 "schedulers, and at what callbacks return from state_dict."
             ) from error
+
+    def prepare(self) -> None:
+        """Make the folder, and clear away what processes that were killed had begun to write.
+
+        Raises:
+            OSError: that cannot be done.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.iterdir():
+            if _UNFINISHED.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
     def save(self, state: Mapping[str, Any], steps: int) -> bool:
         """Save a state after so many outer steps; says whether that was possible. Costs a warning where it was not."""
@@ -175,13 +221,19 @@ class Checkpoints:
             return False
         return True
 
+    def _unwritable(self, error: OSError) -> CheckpointError:
+        return CheckpointError(
+            f"checkpoints must be written to {self.folder}, which did not work: {first_line(error)}. Name another "
+            "folder, or make room."
+        )
+
     def _write(self, state: Mapping[str, Any], steps: int) -> Path:
         began = time.monotonic()
         path = self.folder / f"step-{steps:09d}.pt"
         unfinished = self.folder / f".{path.name}.{os.getpid()}"
         try:
             with unfinished.open("wb") as file:
-                torch.save(dict(state), file)
+                torch.save(_compact(state), file)
                 if self._durable:
                     file.flush()
                     os.fsync(file.fileno())
@@ -201,9 +253,14 @@ class Checkpoints:
         self._cost = self._last - began
         return path
 
-    def _unfinished(self) -> Iterator[Path]:
-        """What processes that were killed had begun to write."""
-        return (path for path in self.folder.iterdir() if re.fullmatch(rf"\.{_NAME.pattern}\.\d+", path.name))
+
+def _compact(state: Any) -> Any:
+    """The same, with copies of tensors that are parts of larger ones, which would be saved with them."""
+    if isinstance(state, Tensor):
+        return state.clone() if state.untyped_storage().nbytes() > state.nbytes else state
+    if isinstance(state, Mapping):
+        return {key: _compact(value) for key, value in state.items()}
+    return [_compact(each) for each in state] if isinstance(state, list) else state
 
 
 def _read(path: Path) -> dict[str, Any]:

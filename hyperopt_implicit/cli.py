@@ -5,10 +5,14 @@ Only parsing and printing; the work is elsewhere.
 
 from __future__ import annotations
 
-import subprocess
+import os
+import subprocess  # nosec B404 # for MLflow's own server, without a shell
 import sys
+import traceback
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated, Any
 
 import torch
@@ -20,13 +24,17 @@ from rich.table import Table
 from hyperopt_implicit.backend import get_backend, get_backend_class, list_backends
 from hyperopt_implicit.backend_page import option_rows, page, summary
 from hyperopt_implicit.cli_options import (
+    Accumulate,
     BackendName,
+    Checkpoint,
+    CheckpointEvery,
     Clip,
     Debug,
     Device,
     Experiment,
     File,
     HessianBatches,
+    InnerPrecision,
     InnerSteps,
     Knobs,
     NoTracking,
@@ -35,6 +43,7 @@ from hyperopt_implicit.cli_options import (
     OuterSteps,
     Patience,
     Problem,
+    Resume,
     RunName,
     Seed,
     Threads,
@@ -45,14 +54,17 @@ from hyperopt_implicit.cli_options import (
     set_threads,
 )
 from hyperopt_implicit.cli_output import err, out, print_link
+from hyperopt_implicit.cli_resume import resumable
 from hyperopt_implicit.cli_search import search_command, show, studies
+from hyperopt_implicit.credentials import censored, without_credentials
 from hyperopt_implicit.diagnostics import check, compare
+from hyperopt_implicit.distributed import is_first
 from hyperopt_implicit.errors import CommandError, HyperoptError, HyperoptWarning
 from hyperopt_implicit.history import Result, summarise
+from hyperopt_implicit.launched import launched_group
 from hyperopt_implicit.loading import build, find_problem, load_file
 from hyperopt_implicit.optimize import optimize
 from hyperopt_implicit.problem import BilevelProblem
-from hyperopt_implicit.servers import without_password
 from hyperopt_implicit.tracking import MODEL_TRAINING_VIEW, Tracking
 
 app = typer.Typer(
@@ -71,6 +83,7 @@ app.command()(show)
 
 @app.command()
 def run(
+    context: typer.Context,
     file: File,
     problem: Problem = None,
     backend: BackendName = "neumann",
@@ -82,7 +95,12 @@ def run(
     outer_lr: OuterLr = 1e-2,
     clip: Clip = None,
     hessian_batches: HessianBatches = 1,
+    accumulate: Accumulate = 1,
+    inner_precision: InnerPrecision = None,
     patience: Patience = None,
+    checkpoint: Checkpoint = None,
+    checkpoint_every: CheckpointEvery = None,
+    resume: Resume = False,
     seed: Seed = None,
     device: Device = None,
     threads: Threads = None,
@@ -95,25 +113,36 @@ def run(
     """Train a model and its hyperparameters together, once.
 
     Example: `hyperopt-implicit run train.py --backend cg --option max_iterations=10 --outer-steps 200`
+
+    Processes that a launcher has started share each batch: `torchrun --nproc-per-node 2 -m hyperopt_implicit run …`
     """
     found = get_backend(backend, **pairs(option, "--option"))
-    built = _built(file, problem, knob, seed, device, threads)
-    start = summarise(built.hyperparameters.values(), built.hyperparameters.element_names)
-    result = optimize(
-        built,
-        found,
-        outer_steps=outer_steps,
-        inner_steps=inner_steps,
-        warmup_steps=warmup_steps,
-        outer_lr=outer_lr,
-        clip=clip,
-        hessian_batches=hessian_batches,
-        patience=patience,
-        seed=seed,
-        tracking=not no_tracking and Tracking(tracking_uri, experiment, run_name),
-    )
-    _print_result(result, start)
-    print_link(result.run_link, tracking_uri)
+    hidden = {} if tracking_uri is None else {tracking_uri: without_credentials(tracking_uri)}
+    going_on = nullcontext() if checkpoint is None else resumable(context, "run", {"resume": True}, hidden)
+    with going_on, launched_group(device) as own_device:
+        built = _built(file, problem, knob, seed, own_device, threads)
+        start = summarise(built.hyperparameters.values(), built.hyperparameters.element_names)
+        result = optimize(
+            built,
+            found,
+            outer_steps=outer_steps,
+            inner_steps=inner_steps,
+            warmup_steps=warmup_steps,
+            outer_lr=outer_lr,
+            clip=clip,
+            hessian_batches=hessian_batches,
+            accumulate=accumulate,
+            inner_precision=inner_precision,
+            patience=patience,
+            seed=seed,
+            tracking=not no_tracking and Tracking(tracking_uri, experiment, run_name),
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+            resume=resume,
+        )
+        if is_first():
+            _print_result(result, start)
+            print_link(result.run_link, tracking_uri)
 
 
 @app.command(name="check")
@@ -218,7 +247,7 @@ def ui(
     uri = Tracking(uri=tracking_uri).resolved_uri
     if uri.startswith("http"):
         out.print(
-            f"Runs are on a server already: {without_password(uri).rstrip('/')}/#/experiments{MODEL_TRAINING_VIEW}",
+            f"Runs are on a server already: {without_credentials(uri).rstrip('/')}/#/experiments{MODEL_TRAINING_VIEW}",
             soft_wrap=True,
         )
         return
@@ -234,15 +263,14 @@ def ui(
         "-m",
         "mlflow",
         "server",
-        "--backend-store-uri",
-        uri,
         "--host",
         host,
         "--port",
         str(port),
     ]
     try:
-        code = subprocess.call(command)
+        # the store has its password in its URI, and a command line can be read by everybody on the machine
+        code = subprocess.call(command, env={**os.environ, "MLFLOW_BACKEND_STORE_URI": uri})  # nosec B603 # no shell
     except KeyboardInterrupt:
         return
     if code != 0:
@@ -256,9 +284,11 @@ def main() -> None:
         app()
     except Exception as error:
         if "--debug" in sys.argv:
+            sys.excepthook = _show_error
             raise
         ours = isinstance(error, HyperoptError)
         text = str(error) if ours else f"{type(error).__name__}: {error}. Run it again with --debug to see where."
+        text = _printable(text)
         # wrapped between words only: a path that was broken in two could not be copied
         err.print(f"[bold red]Error:[/bold red] {escape(text)}", highlight=False, overflow="ignore", crop=False)
         sys.exit(1)
@@ -266,7 +296,19 @@ def main() -> None:
 
 def _show_warning(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
     label = "Warning" if issubclass(category, HyperoptWarning) else category.__name__
-    err.print(f"[yellow]{label}:[/yellow] {escape(str(message))}", highlight=False)
+    err.print(f"[yellow]{label}:[/yellow] {escape(_printable(str(message)))}", highlight=False)
+
+
+def _show_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.stderr.write(_printable("".join(traceback.format_exception(kind, error, trace))))
+
+
+def _printable(text: str) -> str:
+    """Without the secrets of any URI that the command was given: an error of a driver may have them in its text."""
+    for word in [*sys.argv[1:], os.environ.get("MLFLOW_TRACKING_URI", "")]:
+        if "://" in word or "@" in word:
+            text = censored(text, word.partition("=")[2] if word.startswith("--") else word)
+    return text
 
 
 def _built(

@@ -29,6 +29,19 @@ Warmup = Annotated[int, typer.Option("--warmup-steps", help="Training steps befo
 OuterLr = Annotated[float, typer.Option(help="Learning rate of the outer optimizer (Adam).")]
 Clip = Annotated[float | None, typer.Option(help="Largest norm of the hypergradient.")]
 HessianBatches = Annotated[int, typer.Option(help="Training batches over which the Hessian is averaged.")]
+Accumulate = Annotated[int, typer.Option(help="Batches of the training data that are the micro-batches of one.")]
+Checkpoint = Annotated[
+    Path | None, typer.Option(help="Folder for checkpoints; Ctrl-C then saves and prints the command that goes on.")
+]
+CheckpointEvery = Annotated[
+    int | None, typer.Option(help="Save after so many outer steps [default: as often as costs next to nothing].")
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the run in the folder of --checkpoint, or begin it there.")
+]
+InnerPrecision = Annotated[
+    str | None, typer.Option(help="Training steps under autocast in bfloat16, or in float16 with a scaled loss.")
+]
 Patience = Annotated[int | None, typer.Option(help="Stop after so many outer steps without a lower validation loss.")]
 Seed = Annotated[int | None, typer.Option(help="Seed for building the problem and for the run.")]
 Threads = Annotated[

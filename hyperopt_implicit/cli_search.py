@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -17,13 +16,16 @@ from rich.table import Table
 
 from hyperopt_implicit.backend import get_backend
 from hyperopt_implicit.cli_options import (
+    Accumulate,
     BackendName,
+    CheckpointEvery,
     Clip,
     Debug,
     Device,
     Experiment,
     File,
     HessianBatches,
+    InnerPrecision,
     InnerSteps,
     NoTracking,
     Options,
@@ -41,6 +43,8 @@ from hyperopt_implicit.cli_options import (
     set_threads,
 )
 from hyperopt_implicit.cli_output import out, print_link
+from hyperopt_implicit.cli_resume import present_command, resumable
+from hyperopt_implicit.credentials import without_credentials
 from hyperopt_implicit.errors import CommandError, SearchError
 from hyperopt_implicit.knob_space import Builder, KnobSpace
 from hyperopt_implicit.knobs import knobs_of
@@ -49,7 +53,6 @@ from hyperopt_implicit.local_workers import run_workers
 from hyperopt_implicit.places import counted, visible_trials
 from hyperopt_implicit.problem import BilevelProblem
 from hyperopt_implicit.search import search
-from hyperopt_implicit.servers import without_password
 from hyperopt_implicit.storages import open_storage, shown
 from hyperopt_implicit.studies import (
     DEFAULT_STORAGE,
@@ -105,7 +108,10 @@ def search_command(
     outer_lr: OuterLr = 1e-2,
     clip: Clip = None,
     hessian_batches: HessianBatches = 1,
+    accumulate: Accumulate = 1,
+    inner_precision: InnerPrecision = None,
     patience: Patience = None,
+    checkpoint_every: CheckpointEvery = None,
     seed: Seed = None,
     device: Device = None,
     threads: Threads = None,
@@ -131,12 +137,12 @@ def search_command(
     pruner_of(pruner, outer_steps)
     if workers < 1:
         raise CommandError(f"--workers must be a whole number of at least 1; got {workers}.")
-    with _resumable(context, name):
+    with resumable(context, "search", {"study": name}, _hidden(storage, tracking_uri)):
         if workers > 1:
             KnobSpace.of(builder, spec).check()  # what no worker could do is said once
             open_storage(storage)
             with _live(name, storage):
-                link = run_workers(_command(context, name, workers=1), workers)
+                link = run_workers(present_command(context, "search", {"study": name, "workers": 1}), workers)
             _print_best(open_study(name, storage))
             if link is not None:
                 out.print(link, soft_wrap=True, highlight=False)
@@ -164,7 +170,10 @@ def search_command(
                 outer_lr=outer_lr,
                 clip=clip,
                 hessian_batches=hessian_batches,
+                accumulate=accumulate,
+                inner_precision=inner_precision,
                 patience=patience,
+                checkpoint_every=checkpoint_every,
             )
     _print_best(found.study)
     print_link(found.run_link, tracking_uri)
@@ -218,37 +227,9 @@ def _population(text: str) -> int | Literal["auto"]:
     return int(text)
 
 
-def _command(context: typer.Context, name: str, **instead: object) -> list[str]:
-    """The present command as a list of words, with the study's name; options may be replaced by name."""
-    words = ["search"]
-    given = {"study": name, **instead}
-    for each in context.command.params:
-        source = context.get_parameter_source(str(each.name))
-        if each.name in given or source is None or source.name != "COMMANDLINE":
-            continue
-        value = context.params[str(each.name)]
-        if each.param_type_name == "argument":
-            words.append(str(value))
-        elif getattr(each, "is_flag", False):
-            words.append(each.opts[0])
-        else:
-            values = value if isinstance(value, list | tuple) else [value]
-            words += [word for x in values for word in (each.opts[0], str(x))]
-    return [*words, *(word for option, x in given.items() for word in (f"--{option}", str(x)))]
-
-
-@contextmanager
-def _resumable(context: typer.Context, name: str) -> Iterator[None]:
-    """On Ctrl-C, print the command that goes on and exit with the code for it."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        kept, uri = context.params["storage"], context.params["tracking_uri"]
-        hidden = {kept: shown(kept)} | ({} if uri is None else {uri: without_password(uri)})
-        words = [hidden.get(word, word) for word in _command(context, name)]
-        command = shlex.join(["hyperopt-implicit", *words])
-        out.print(f"interrupted; go on with\n  {escape(command)}", soft_wrap=True, highlight=False)
-        raise typer.Exit(130) from None
+def _hidden(storage: str, uri: str | None) -> dict[str, str]:
+    """How URIs with a password in them are shown."""
+    return {storage: shown(storage)} | ({} if uri is None else {uri: without_credentials(uri)})
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from hyperopt_implicit.distributed import several
 from hyperopt_implicit.messages import warn
 from hyperopt_implicit.operators import LossHessian, gradients, mean_training_loss, twice_differentiable
 from hyperopt_implicit.randomness import random_states, replaying, set_random_states
@@ -76,6 +77,12 @@ def compiled(
         gauss_newton: whether the curvature is the Gauss-Newton matrix.
     """
     kept = _kept.setdefault(problem, _Kept())
+    if several() and not kept.given_up:
+        kept.given_up = True
+        warn(
+            "compile=True compiles what happens within one process; among several, the processes answer each other in "
+            "the middle of each product. Products are not compiled. Leave the option out."
+        )
     if kept.given_up:
         return eager()
     call = Call.of(problem, training_batches, lowered, gauss_newton)

@@ -57,7 +57,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if type(batch) is tuple:  # the common case, at a tenth of what a tree costs
         return tuple([to_device(each, device) for each in batch])
     if pytree.tree_is_leaf(batch):
-        return batch.to(device) if hasattr(batch, "to") and not isinstance(batch, nn.Module) else batch
+        return batch.to(device) if hasattr(batch, "to") and not isinstance(batch, nn.Module | type) else batch
     return pytree.tree_map(lambda leaf: to_device(leaf, device), batch)
 
 
@@ -153,6 +153,7 @@ class BatchStream:
         return {
             "passes": self._passes,
             "taken": self._taken,
+            "length": number_of_batches(self._data),
             "ahead": [] if self.is_list else list(self._ahead),
             "looked": len(self._ahead),
             "start": self._start,
@@ -166,6 +167,9 @@ class BatchStream:
             HyperoptWarning: the place cannot be found again for certain.
         """
         self._passes, self._taken, self._start = state["passes"], state["taken"], state["start"]
+        length = number_of_batches(self._data)
+        if length is not None and state["length"] not in (length, None):  # other processes share the data
+            self._taken = round(self._taken * length / state["length"])
         self._ahead = [to_device(each, self._device) for each in state["ahead"]]
         if self.is_list:
             self._taken -= state["looked"]

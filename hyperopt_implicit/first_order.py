@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_implicit.errors import BackendError
+from hyperopt_implicit.micro_batches import parts_of
 from hyperopt_implicit.operators import validation_gradients
 from hyperopt_implicit.optimizers import existing_slots, update_rule
 from hyperopt_implicit.randomness import random_states, replaying
@@ -64,7 +65,7 @@ class Derivatives:
 class TrainingDerivatives:
     """First derivatives of L, averaged over batches with equal weight, at whatever weights are asked for.
 
-    Each evaluation costs a forward and a backward a batch, and holds the graph of one batch at a time.
+    Each evaluation costs a forward and a backward a batch, and holds the graph of one batch, or micro-batch, at a time.
 
     Args:
         problem: whose training loss; λ is taken as it stands.
@@ -72,7 +73,8 @@ class TrainingDerivatives:
     """
 
     def __init__(self, problem: BilevelProblem, batches: Sequence[Any]) -> None:
-        self._problem, self._batches = problem, batches
+        self._problem = problem
+        self._parts = [(part, len(parts) * len(batches)) for parts in map(parts_of, batches) for part in parts]
         self._decays = problem.weight_decays
         self._draws = SameDraws(problem.device)
 
@@ -105,11 +107,10 @@ class TrainingDerivatives:
     def loss_at(self, weights: Params) -> float:
         """L alone: a forward a batch."""
         with self._draws():
-            losses = [
-                float(self._problem.functional_training_loss(weights, self._problem.hparams, batch))
-                for batch in self._batches
-            ]
-        return sum(losses) / len(losses)
+            return sum(
+                float(self._problem.functional_training_loss(weights, self._problem.hparams, part)) / count
+                for part, count in self._parts
+            )
 
     def hparams(self) -> Params:
         """λ, as leaves of a graph of their own."""
@@ -119,14 +120,14 @@ class TrainingDerivatives:
         self, params: Params, hparams: Params, inputs: dict[tuple[str, str], Tensor]
     ) -> tuple[float, dict[tuple[str, str], Any]]:
         total, sums = 0.0, dict.fromkeys(inputs)
-        count = len(self._batches)
         with self._draws(), torch.enable_grad():  # the caller may be inside torch.no_grad()
-            for batch in self._batches:
-                loss = self._problem.functional_training_loss(params, hparams, batch)
+            for part, count in self._parts:
+                loss = self._problem.functional_training_loss(params, hparams, part)
                 total += float(loss.detach()) / count
                 if not loss.requires_grad:
                     continue
                 grads = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)
+                del loss  # or it would be held while the next one is built
                 for key, g in zip(inputs, grads, strict=True):
                     if g is not None:  # out of place: autograd may hand out one tensor twice
                         so_far: Any = sums[key]

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from hyperopt_implicit.distributed import from_first, several
 from hyperopt_implicit.inner_loop import InnerSteps, Iterate, flat, leaves, slot_leaves
+from hyperopt_implicit.mixed_precision import linear, scaled
 from hyperopt_implicit.vectors import Params, clone, is_finite
 
 if TYPE_CHECKING:
@@ -78,11 +80,15 @@ def _push_step(
     directions: Sequence[Params],
 ) -> tuple[float, Iterate, list[Params]]:
     """One step, with its tangents: those of weights and slots, by the names of ``flat``; what is missing is zero."""
-    params, buffers = leaves(before.params), clone(before.buffers)
-    loss, by_params, by_hparams = steps.gradients(params, hparams, batch, buffers, graph=True, of_hparams=True)
+    params, at = leaves(before.params), replace(before, buffers=clone(before.buffers))
+    loss, by_params, by_hparams = steps.gradients(
+        params, hparams, batch, at.buffers, graph=True, of_hparams=True, scaling=at.scaling
+    )
     number = float(loss)
+    if not steps.is_taken(by_params, at):
+        return number, replace(at, scaling=steps.scaling_after(at, taken=False)), tangents
     pushed = [
-        _gradient_tangent(params, by_params, by_hparams, tangent, direction)
+        _gradient_tangent(params, by_params, by_hparams, tangent, direction, at.scaling)
         for tangent, direction in zip(tangents, directions, strict=True)
     ]
     gradient = leaves(by_params)
@@ -100,12 +106,17 @@ def _push_step(
     ]
     moved = [tangent | new for tangent, new in zip(tangents, _jacobian_products(outputs, inputs, given), strict=True)]
     slots = {name: {key: s.detach() for key, s in each.items()} for name, each in new_slots.items()}
-    after = Iterate({name: p.detach() for name, p in new_params.items()}, slots, buffers)
-    return number, after, moved
+    scaling = steps.scaling_after(at, taken=True)
+    return number, Iterate({name: p.detach() for name, p in new_params.items()}, slots, at.buffers, scaling), moved
 
 
 def _gradient_tangent(
-    params: Params, by_params: Params, by_hparams: Params, tangent: Params, direction: Params
+    params: Params,
+    by_params: Params,
+    by_hparams: Params,
+    tangent: Params,
+    direction: Params,
+    scaling: Tensor | None,
 ) -> Params:
     """δ(∂L/∂w) = ∂/∂w ⟨∇L, (δw, δλ)⟩, backward through the graph of ∇L: the Hessian of L in (w, λ) is symmetric."""
     pairs = [(g, tangent.get(f"w:{name}")) for name, g in by_params.items()]
@@ -115,15 +126,15 @@ def _gradient_tangent(
     moved = {name: params[name] for name in by_params}
     if not found:
         return {name: torch.zeros_like(p) for name, p in moved.items()}
-    grads = torch.autograd.grad(
-        [g for g, _ in found],
-        list(moved.values()),
-        [x for _, x in found],
-        retain_graph=True,
-        allow_unused=True,
-        materialize_grads=True,
+    along = [x for _, x in found]
+    grads = linear(
+        lambda factor: torch.autograd.grad(
+            [g for g, _ in found], list(moved.values()), scaled(along, factor), retain_graph=True, allow_unused=True
+        ),
+        along,
+        scaling,
     )
-    return dict(zip(moved, grads, strict=True))
+    return {name: torch.zeros_like(moved[name]) if g is None else g for name, g in zip(moved, grads, strict=True)}
 
 
 def _jacobian_products(outputs: Params, inputs: Params, given: Sequence[Params]) -> list[Params]:
@@ -203,6 +214,8 @@ def random_directions(
     m = number_of_entries(like)
     k = min(count, m) if orthogonal else count
     matrix = torch.randn(m, k, generator=generator, dtype=torch.float64)
+    if generator is None and several():  # the processes' global generators need not be in the same state
+        from_first(matrix)
     if not orthogonal:
         return RandomDirections(_shaped(matrix.T, like), 1.0 / k, complete=False)
     return RandomDirections(_shaped(torch.linalg.qr(matrix).Q.T, like), m / k, complete=k == m)

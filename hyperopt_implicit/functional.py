@@ -68,6 +68,20 @@ class Places:
                 owner.clear()
                 owner.update(buffers_before)
 
+    @contextmanager
+    def parameters_swapped(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, the modules hold ``parameters``; buffers are their own, and move."""
+        self._present()
+        before = [(place, place[0][place[1]]) for name in parameters for place in self._of(name)]
+        try:
+            for name, tensor in parameters.items():
+                for owner, key in self._of(name):
+                    owner[key] = tensor
+            yield
+        finally:
+            for (owner, key), tensor_before in before:
+                owner[key] = tensor_before
+
     def _present(self) -> list[tuple[str, nn.Module]]:
         """The modules as they stand, for which the places of parameters then hold."""
         modules = list(self._module.named_modules())

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 import torch
 
+from hyperopt_implicit.argument_checks import is_number, shown
 from hyperopt_implicit.backend import Hypergradient, Status
 from hyperopt_implicit.errors import HypergradientError, HyperoptError
 from hyperopt_implicit.messages import warn
@@ -83,8 +84,8 @@ class GuardedStep:
         Raises:
             HypergradientError: it failed, and ``on_failure="raise"``.
         """
-        usable = result.status is not Status.NON_FINITE and math.isfinite(size)
-        if not usable:
+        usable = result.status.usable and math.isfinite(size)
+        if result.status.usable and not usable:
             result = replace(result, status=Status.NON_FINITE)  # whatever the backend says of it
         if result.status.failed:
             self._report(result)
@@ -111,7 +112,7 @@ class GuardedStep:
             if result.residual is None or math.isnan(result.residual)
             else f" (relative residual {result.residual:.2g})"
         )
-        used = self.on_failure == "warn" and result.status is not Status.NON_FINITE
+        used = self.on_failure == "warn" and result.status.usable
         self._complain(
             result.status,
             f"hypergradient: {result.status.value} after {result.iterations} iterations{residual}. "
@@ -130,14 +131,14 @@ class GuardedStep:
 
 def honest(result: Hypergradient) -> Hypergradient:
     """The same, as a failure where a loss is not finite: the derivative of a constant NaN is a finite zero."""
-    if math.isfinite(result.validation_loss) and math.isfinite(result.training_loss):
+    if not result.status.usable or (math.isfinite(result.validation_loss) and math.isfinite(result.training_loss)):
         return result
     return replace(result, status=Status.NON_FINITE)
 
 
 def check_policy(clip: float | None, on_failure: OnFailure) -> None:
     """Refuse a policy that does not exist and a norm that is none."""
-    if on_failure not in get_args(OnFailure):
+    if not isinstance(on_failure, str) or on_failure not in get_args(OnFailure):
         raise HyperoptError(f"on_failure must be 'warn', 'raise' or 'skip'; got {on_failure!r}.")
-    if clip is not None and not clip > 0:
-        raise HyperoptError(f"clip must be a positive norm, or None for no clipping; got {clip}.")
+    if clip is not None and not (is_number(clip) and clip > 0):
+        raise HyperoptError(f"clip must be a positive norm, or None for no clipping; got {shown(clip)}.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -74,10 +75,8 @@ class Heartbeat:
     def _go_on(self, interval: float) -> None:
         while not self._over.wait(interval):
             self._beats += 1
-            try:
+            with suppress(Exception):  # a server that is away for a while; the next one may get through
                 beat(self._study, self._trial, self._beats)
-            except Exception:  # a server that is away for a while; the next one may get through
-                continue
 
 
 def mark(study: Study, trial: Trial) -> None:

@@ -12,7 +12,7 @@ import copy
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -20,13 +20,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import biject_to, constraints, transform_to
 from torch.distributions.constraints import Constraint
-from torch.distributions.transforms import Transform
+from torch.distributions.transforms import CorrCholeskyTransform, SigmoidTransform, StickBreakingTransform, Transform
 
+from hyperopt_implicit.argument_checks import check_function, shown
 from hyperopt_implicit.errors import DeclarationError
 
 Target = Literal["loss", "optimizer"]
 Value = Tensor | nn.Module
 Initial = float | Tensor | nn.Module | Callable[[nn.Module], Any]
+
+_CLIPPED = 0.2  # by which an unconstrained value comes back another; rounding alone makes less, in bfloat16 too
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +108,22 @@ class Declaration:
             )
 
 
+def marked_where_lost(transform: Transform, raw: Tensor, back: Tensor) -> Tensor:
+    """What came back through a map, with infinity where the map had clipped it short of the edge of its range.
+
+    The derivative is zero there, so that no gradient would ever lead out again.
+    """
+    return torch.where((back - raw).abs() > _CLIPPED, math.inf, back) if _clips(transform) else back
+
+
+def _clips(transform: Transform) -> bool:
+    """Whether one of torch's maps that clip what they give is among those that a map is made of."""
+    parts = [*getattr(transform, "parts", ()), *getattr(transform, "transforms", ())]
+    base = getattr(transform, "base_transform", None)
+    clipping = isinstance(transform, SigmoidTransform | StickBreakingTransform | CorrCholeskyTransform)
+    return clipping or any(_clips(each) for each in (*parts, base) if each is not None)
+
+
 def _on_edge(value: Tensor, constraint: Constraint) -> bool:
     """Whether an element sits on a closed bound, where torch's maps clamp to a finite number."""
     base = getattr(constraint, "base_constraint", constraint)
@@ -157,6 +176,8 @@ def hyperparameter(
     declaration = _declaration(name, init, constraint, target, elements)
 
     def decorate(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        rule = f"@hyperparameter({name!r}) stands on a loss, a function of (model, batch, *, {name})"
+        check_function(function, rule, DeclarationError)
         below = declarations_of(function)
         if any(other.name == name for other in below):
             raise DeclarationError(
@@ -198,12 +219,7 @@ def _declaration(
         )
     if target not in get_args(Target):
         raise DeclarationError(f"hyperparameter {name!r}: target must be 'loss' or 'optimizer'; got {target!r}.")
-    if elements is not None and (isinstance(elements, str) or len(set(elements)) < len(elements)):
-        raise DeclarationError(
-            f"hyperparameter {name!r}: elements must be a sequence of names, all different; got {elements!r}."
-        )
-    names = None if elements is None else tuple(map(str, elements))
-    declaration = Declaration(name, init, constraint, target, names)
+    declaration = Declaration(name, init, constraint, target, _element_names(name, elements))
     try:
         _ = declaration.transform
     except (NotImplementedError, TypeError, AttributeError) as error:
@@ -212,6 +228,18 @@ def _declaration(
             f"unconstrained values (positive, interval(0, 1), simplex, …); got {constraint!r}."
         ) from error
     return declaration
+
+
+def _element_names(name: str, elements: Any) -> tuple[str, ...] | None:
+    if elements is None:
+        return None
+    given = list(elements) if isinstance(elements, Iterable) and not isinstance(elements, str | Tensor) else []
+    names = tuple(map(str, given))
+    if not names or len(set(names)) < len(names):
+        raise DeclarationError(
+            f"hyperparameter {name!r}: elements must be a sequence of names, all different; got {shown(elements)}."
+        )
+    return names
 
 
 def declarations_of(function: Callable[..., Any]) -> tuple[Declaration, ...]:
@@ -321,8 +349,14 @@ class Hyperparameters(nn.Module):
     @torch.no_grad()
     def is_inside(self) -> bool:
         """Whether all values are finite, and none was rounded onto the edge of its constraint."""
-        values = [transform(getattr(self, name)) for name, transform in self._transforms.items()]
-        back = [transform.inv(value) for value, transform in zip(values, self._transforms.values(), strict=True)]
+        values, back = [], []
+        try:
+            for name, transform in self._transforms.items():
+                raw = getattr(self, name)
+                values.append(transform(raw))
+                back.append(marked_where_lost(transform, raw, transform.inv(values[-1])))
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # a matrix that was positive definite before it was rounded
+            return False
         tensors = [x for x in [*self.parameters(), *values, *back] if x.numel()]
         # the largest element of each, NaN where there is one, and all of them read at once
         largest = torch.stack(torch._foreach_norm(tensors, math.inf)).tolist() if tensors else []

@@ -9,7 +9,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 
@@ -97,6 +97,8 @@ class ImplicitBackend(Backend):
     from a change until then, for at most 20 calls, results are those of the old number. Make such a number part of
     the batch, or a buffer of the model, as a tensor.
     """
+
+    takes_complex_weights: ClassVar[bool] = False
 
     damping: Annotated[float, Field(ge=0, description="δ, added to the diagonal of the curvature")] = field(
         default=0.0, kw_only=True

@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hyperopt_implicit.distributed import average_gradients, mean, several
+from hyperopt_implicit.micro_batches import parts_of
+from hyperopt_implicit.mixed_precision import linear, scaled
 from hyperopt_implicit.operators import twice_differentiable
 from hyperopt_implicit.optimizers import (
     COUNTERS,
@@ -38,24 +41,56 @@ if TYPE_CHECKING:
 def train_step(problem: BilevelProblem, batch: Any, values: dict[str, Value]) -> float:
     """One plain step of the inner optimizer; returns L before it.
 
-    A non-finite L leaves the model as it was, running statistics included, and those of networks that are tuned.
+    A non-finite L leaves the model as it was, running statistics included, and those of networks that are tuned. So
+    does, but for running statistics, a gradient that is too large for float16, where training is in that.
     """
     networks = [value for value in values.values() if isinstance(value, nn.Module)]
     before = Buffers([problem.model, *networks])
-    loss = problem.training_loss(batch, values)
-    number = float(loss.detach())
+    loss, rest = begin_step(problem, batch, values)
+    number = float(mean(loss))
     if math.isfinite(number):
-        descend(problem, loss)
+        descend(problem, rest)
     else:
         before.restore()
     return number
 
 
-def descend(problem: BilevelProblem, loss: Tensor) -> None:
-    """Move the model one step of its optimizer down a loss that was computed on it, whatever that loss is."""
+def begin_step(problem: BilevelProblem, batch: Any, values: dict[str, Value]) -> tuple[Tensor, Tensor]:
+    """L without its graph, and what of it :func:`descend` has still to differentiate.
+
+    Of micro-batches that is the last one's: gradients of the others are in ``.grad`` by then, and their graphs gone.
+    Among several processes L is that of this one's share of the batch.
+    """
     problem.optimizer.zero_grad(set_to_none=True)
-    loss.backward(inputs=list(problem.params.values()))
-    problem.optimizer.step()
+    *first, last = parts_of(batch)
+    total: Tensor | None = None
+    for part in first:
+        loss = _part_of_loss(problem, part, values, len(first) + 1)
+        total = loss.detach() if total is None else total + loss.detach()
+        _backward(problem, loss)
+        del loss  # or it would be held while the next one is built
+    loss = _part_of_loss(problem, last, values, len(first) + 1)
+    return (loss.detach() if total is None else total + loss.detach()), loss
+
+
+def descend(problem: BilevelProblem, loss: Tensor) -> None:
+    """Move the model one step of its optimizer down a loss that :func:`begin_step` gave, whatever that loss is.
+
+    Among several processes the step is down the mean of what each of them gives.
+    """
+    _backward(problem, loss)
+    if several():
+        average_gradients(list(problem.params.values()))
+    problem.inner_precision.step(problem.optimizer)
+
+
+def _part_of_loss(problem: BilevelProblem, part: Any, values: dict[str, Value], count: int) -> Tensor:
+    loss = problem.inner_precision.loss(lambda: problem.share_of_training_loss(part, values))
+    return loss if count == 1 else loss / count
+
+
+def _backward(problem: BilevelProblem, loss: Tensor) -> None:
+    problem.inner_precision.scaled(loss).backward(inputs=list(problem.params.values()))
 
 
 @dataclass
@@ -66,16 +101,18 @@ class Iterate:
         params: w.
         slots: what the optimizer keeps, by parameter.
         buffers: the model's.
+        scaling: of the loss, where training is in float16.
     """
 
     params: Params
     slots: dict[str, Slots]
     buffers: Params
+    scaling: Tensor | None = None
 
     @property
     def inner_state(self) -> InnerState:
         """The same, as a problem can load it."""
-        return InnerState(self.params, self.buffers, optimizer_state(self.slots))
+        return InnerState(self.params, self.buffers, optimizer_state(self.slots), self.scaling)
 
     def copy(self) -> Iterate:
         """One that shares no memory."""
@@ -84,6 +121,7 @@ class Iterate:
             {name: p.clone() for name, p in self.params.items()},
             slots,
             {name: b.clone() for name, b in self.buffers.items()},
+            self.scaling,
         )
 
 
@@ -93,12 +131,16 @@ class InnerSteps:
     An option of the optimizer that is a hyperparameter has one value, or one for each step of a walk, of which the last
     stays from there on.
 
+    Steps are in the problem's ``inner_precision``. With float16 the loss is scaled by the iterate's own scale and the
+    gradient scaled back; a gradient that is not finite leaves weights and slots where they are, and lowers the scale.
+
     Raises:
         ProblemError: the optimizer has no functional form.
     """
 
     def __init__(self, problem: BilevelProblem) -> None:
         self.problem = problem
+        self._precision = problem.inner_precision
         self._rule = update_rule(problem.optimizer)
         self._groups = [
             ({key: x for key, x in group.items() if key != "params"}, names)
@@ -115,7 +157,7 @@ class InnerSteps:
             for group, names in self._groups
             for name in names
         }
-        return Iterate(state.params, slots, state.buffers)
+        return Iterate(state.params, slots, state.buffers, self._precision.scaling())
 
     def iterate_bytes(self) -> int:
         """The memory of an iterate and the state of the generators, once every parameter has been updated."""
@@ -144,7 +186,12 @@ class InnerSteps:
         A step that is taken again from the same iterate, with generators in the same state, is the same to the bit
         where the operations are deterministic.
         """
-        loss, gradient, _ = self.gradients(leaves(current.params), hparams, batch, current.buffers, graph=False)
+        loss, gradient, _ = self.gradients(
+            leaves(current.params), hparams, batch, current.buffers, graph=False, scaling=current.scaling
+        )
+        if not self.is_taken(gradient, current):
+            current.scaling = self.scaling_after(current, taken=False)
+            return float(loss)
         with torch.no_grad():
             tuned = self._options(hparams, t)
             for options, held in self._groups:
@@ -156,7 +203,16 @@ class InnerSteps:
                     [gradient[name] for name in names],
                     [current.slots[name] for name in names],
                 )
+        current.scaling = self.scaling_after(current, taken=True)
         return float(loss)
+
+    def is_taken(self, gradient: Params, at: Iterate) -> bool:
+        """Whether the optimizer steps: it does not where a scaled gradient was too large for float16."""
+        return at.scaling is None or all(bool(g.isfinite().all()) for g in gradient.values())
+
+    def scaling_after(self, before: Iterate, *, taken: bool) -> Tensor | None:
+        """Of the loss, after a step that the optimizer took or left out."""
+        return None if before.scaling is None else self._precision.after(before.scaling, good=taken)
 
     def gradients(
         self,
@@ -167,6 +223,7 @@ class InnerSteps:
         *,
         graph: bool,
         of_hparams: bool = False,
+        scaling: Tensor | None = None,
     ) -> tuple[Tensor, Params, Params]:
         """L, ∂L/∂w and, where asked for, ∂L/∂λ; those on which L does not depend are left out.
 
@@ -177,14 +234,28 @@ class InnerSteps:
             buffers: changed in place.
             graph: whether the derivatives can be differentiated.
             of_hparams: whether ∂L/∂λ is wanted; λ requires grad then.
+            scaling: of the loss, while it is differentiated.
         """
+        wanted = [*params.values(), *(hparams.values() if of_hparams else ())]
+        parts, scale = parts_of(batch), 1.0 if scaling is None else float(scaling[0])
+        losses: list[Tensor] = []
+        sums: list[Tensor | None] = [None] * len(wanted)
         with torch.enable_grad(), twice_differentiable(self.problem):
-            loss = self.problem.functional_training_loss(params, hparams, batch, buffers)
-            wanted = [*params.values(), *(hparams.values() if of_hparams else ())]
-            found = torch.autograd.grad(loss, wanted, create_graph=graph, allow_unused=True)
+            for part in parts:  # without a graph that is wanted, that of one part is held at a time
+                loss = self._part_of_loss(params, hparams, part, buffers)
+                factor = scale / len(parts)
+                output = loss if factor == 1.0 else loss * factor
+                grads = torch.autograd.grad(output, wanted, create_graph=graph, allow_unused=True)
+                sums = [x if y is None else y if x is None else x + y for x, y in zip(sums, grads, strict=True)]
+                losses.append(loss.detach())
+                del loss, output
+            found = [x if x is None or scale == 1.0 else x / scale for x in sums]
         by_params = {name: g for name, g in zip(params, found, strict=False) if g is not None}
         by_hparams = {name: g for name, g in zip(hparams, found[len(params) :], strict=False) if g is not None}
-        return loss.detach(), by_params, by_hparams
+        return losses[0] if len(losses) == 1 else torch.stack(losses).mean(), by_params, by_hparams
+
+    def _part_of_loss(self, params: Params, hparams: Params, part: Any, buffers: Params) -> Tensor:
+        return self._precision.loss(lambda: self.problem.functional_training_loss(params, hparams, part, buffers))
 
     def update(
         self, t: int, params: Params, gradient: Params, slots: dict[str, Slots], hparams: Params
@@ -225,14 +296,22 @@ class InnerSteps:
             adjoints: p after the step; what is missing is zero.
         """
         params, own = leaves(before.params), leaves(hparams)
-        _, gradient, _ = self.gradients(params, own, batch, before.buffers, graph=True)
+        _, gradient, _ = self.gradients(params, own, batch, before.buffers, graph=True, scaling=before.scaling)
+        if not self.is_taken(gradient, before):
+            return adjoints, {}
         found, total = self._pull_back_update(t, before, gradient, hparams, adjoints)
         # where L is linear in a parameter, its derivative has no graph and is a constant
         of_gradient = {name: found.pop(f"g:{name}", None) for name in gradient}
         pairs = [(g, p) for name, g in gradient.items() if g.requires_grad and (p := of_gradient[name]) is not None]
         if pairs:
-            pulled = torch.autograd.grad(
-                [g for g, _ in pairs], [*params.values(), *own.values()], [p for _, p in pairs], allow_unused=True
+            outputs, along = [g for g, _ in pairs], [p for _, p in pairs]
+            inputs = [*params.values(), *own.values()]
+            pulled = linear(
+                lambda factor: torch.autograd.grad(
+                    outputs, inputs, scaled(along, factor), retain_graph=before.scaling is not None, allow_unused=True
+                ),
+                along,
+                before.scaling,
             )
             for name, p in zip(params, pulled, strict=False):
                 _add(found, f"w:{name}", p)

@@ -24,7 +24,7 @@ class Interrupt:
 
 
 @contextmanager
-def listening(message: str) -> Iterator[Interrupt]:
+def listening(message: str | None) -> Iterator[Interrupt]:
     """Inside, SIGINT and SIGTERM only leave a note, and ``message`` goes to stderr; a second one is KeyboardInterrupt.
 
     Outside of the main thread signals cannot be caught, and are left to whoever does.
@@ -46,7 +46,8 @@ def listening(message: str) -> Iterator[Interrupt]:
         interrupt.signal = number
         for each in before:
             signal.signal(each, leave)
-        sys.stderr.write(f"\n{message}\n")
+        if message is not None:
+            sys.stderr.write(f"\n{message}\n")
 
     for number in (signal.SIGINT, signal.SIGTERM):
         before[number] = signal.signal(number, note)

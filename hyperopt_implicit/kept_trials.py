@@ -68,6 +68,9 @@ class KeptTrials:
         artifacts: a folder, or an artifact store of Optuna's. By default a folder beside the file of a sqlite or
             journal storage, ``optuna_artifacts`` with a storage on a server, and memory with one in memory.
         storage: what the study is kept in, as it was named.
+
+    Attributes:
+        beside: the folder for what else is kept of the study; None where it is in memory.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class KeptTrials:
     ) -> None:
         self._study = study
         self._folder: Path | None = None  # made when there is something to keep
+        self.beside = None if storage is None else _beside(storage)
         self._store: ArtifactStore | None = None
         self._in_memory: dict[int, TrialState] = {}
         if artifacts is not None and not isinstance(artifacts, str | Path):
@@ -83,6 +87,7 @@ class KeptTrials:
             from optuna.artifacts import FileSystemArtifactStore
 
             self._folder = _beside(storage) if artifacts is None else Path(artifacts)
+            self.beside = self._folder
             self._store = FileSystemArtifactStore(self._folder)
 
     def keep(self, trial: Trial, state: TrialState) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from hyperopt_implicit.argument_checks import check_function, shown
 from hyperopt_implicit.errors import DeclarationError
 from hyperopt_implicit.messages import nearest
 
@@ -48,6 +49,8 @@ def knob(name: str, distribution: BaseDistribution) -> Callable[[BuilderT], Buil
     """
     from optuna.distributions import BaseDistribution
 
+    if not isinstance(name, str) or not name.isidentifier():
+        raise DeclarationError(f"a knob's name must be a Python identifier; got {shown(name)}.")
     if not isinstance(distribution, BaseDistribution):
         raise DeclarationError(
             f"knob {name!r}: the distribution must come from optuna.distributions (FloatDistribution, "
@@ -55,6 +58,7 @@ def knob(name: str, distribution: BaseDistribution) -> Callable[[BuilderT], Buil
         )
 
     def decorate(builder: BuilderT) -> BuilderT:
+        check_function(builder, f"@knob({name!r}, …) stands on a function that builds a problem", DeclarationError)
         parameters = inspect.signature(builder).parameters.values()
         keywords = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
         if name not in keywords and not any(p.kind is p.VAR_KEYWORD for p in parameters):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
+import subprocess  # nosec B404 # for this package's own commands, without a shell
 import sys
 import threading
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ class _Worker:
         self.index = index
         self.lines: list[str] = []
         self._said = said
-        self.process = subprocess.Popen(
+        self.process = subprocess.Popen(  # nosec B603 # the words are those of the command that the user has typed
             [sys.executable, "-m", "hyperopt_implicit", *command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -22,7 +22,7 @@ from torch.distributions.transforms import (
 )
 
 from hyperopt_implicit.errors import HyperoptError
-from hyperopt_implicit.hyperparameters import Declaration, Value
+from hyperopt_implicit.hyperparameters import Declaration, Value, marked_where_lost
 from hyperopt_implicit.members_batches import Part
 from hyperopt_implicit.problem import BilevelProblem, evaluating
 from hyperopt_implicit.vectors import Params
@@ -103,7 +103,13 @@ class Members:
     def inside(self) -> list[bool]:
         """For each member, whether all values are finite, and none was rounded onto the edge of its constraint."""
         values = self.values()
-        back = [vectorised(each.transform.inv)(values[name]) for name, each in self._declared().items()]
+        try:
+            back = [
+                marked_where_lost(each.transform, self.hparams[name], vectorised(each.transform.inv)(values[name]))
+                for name, each in self._declared().items()
+            ]
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # of whichever member
+            return [each.hyperparameters.is_inside() for each in self.problems]
         held = [x for name, x in self._frozen.items() if name.startswith("hyperparameters.") and self._dims[name] == 0]
         tensors = [x for x in (*self.hparams.values(), *held, *values.values(), *back) if x.numel()]
         largest = torch.stack([torch.linalg.vector_norm(x.reshape(len(self), -1), math.inf, dim=1) for x in tensors])

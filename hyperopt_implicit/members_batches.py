@@ -147,6 +147,11 @@ class MembersStream:
         """Read no more for a member, and give another's batches in its place."""
         self._gone.add(member)
 
+    def place(self, member: int) -> None:
+        """Move the member's own stream to where it would be, had the member read by itself."""
+        if self._shared and member:
+            self._streams[member].load_state_dict(self._streams[0].state_dict())
+
     def next(self) -> list[Any]:
         """The next batch of each member."""
         if self._shared:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hyperopt_implicit.backend import State, Status
 from hyperopt_implicit.spectrum import COLD_POWER_ITERATIONS
+from hyperopt_implicit.vectors import Params
 
 
 class MembersOperator(ABC):
@@ -98,6 +99,17 @@ def carried(states: Sequence[State], key: str, vectors: Tensor) -> tuple[list[bo
         return held, torch.zeros_like(vectors)
     blank = torch.zeros_like(vectors[0])
     return held, torch.stack([state[key] if has else blank for state, has in zip(states, held, strict=True)])
+
+
+def as_alone(state: State, params: Params) -> State:
+    """A member's state as it would be alone: its rows as vectors with the names and shapes of w."""
+    sizes = [p.numel() for p in params.values()]
+    return {
+        key: {name: part.view_as(p) for (name, p), part in zip(params.items(), x.split(sizes), strict=True)}
+        if isinstance(x, Tensor) and x.shape == (sum(sizes),)
+        else x
+        for key, x in state.items()
+    }
 
 
 def largest_eigenvalues(

@@ -10,13 +10,19 @@ import sys
 import warnings
 from collections.abc import Iterable
 
+from hyperopt_implicit.distributed import is_first
 from hyperopt_implicit.errors import HyperoptWarning
 
 _OURS = ("hyperopt_implicit", "hyperopt_implicit_backends")
 
 
 def warn(text: str) -> None:
-    """Warn about something that the run survives, at the first line outside this library that led to it."""
+    """Warn about something that the run survives, at the first line outside this library that led to it.
+
+    Among several processes the first one does, for all of them.
+    """
+    if not is_first():
+        return
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _OURS:
         level, frame = level + 1, frame.f_back

@@ -13,12 +13,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from hyperopt_implicit.argument_checks import check_list, is_number, shown
 from hyperopt_implicit.backend import Status
 from hyperopt_implicit.errors import HypergradientError, ProblemError
 from hyperopt_implicit.messages import nearest
 from hyperopt_implicit.newton import conjugate_gradients, inner_hessian, inner_objective, newton
 from hyperopt_implicit.operators import LossHessian, gradients, twice_differentiable
-from hyperopt_implicit.problem import BilevelProblem
+from hyperopt_implicit.problem import BilevelProblem, check_problem
 from hyperopt_implicit.randomness import random_states, replaying
 from hyperopt_implicit.vectors import Params, norm, precision
 
@@ -104,8 +105,13 @@ def minimizer(
         (2.0, -0.5, 0.25)
     """
     _check_numbers(order=order, max_steps=max_steps)
-    if not tolerance > 0.0:
-        raise ProblemError(f"tolerance must be a gradient norm above zero; got {tolerance!r}.")
+    if not (is_number(tolerance) and tolerance > 0.0):
+        raise ProblemError(f"tolerance must be a gradient norm above zero; got {shown(tolerance)}.")
+    check_problem(problem)
+    for name, given in (("values", values), ("start", start)):
+        if not (isinstance(given, Mapping) or (given is None and name == "start")):
+            raise ProblemError(f"{name} must be a dict of tensors by name; got {shown(given)}.")
+    check_list("training_batches", training_batches, "batches", ProblemError, sized=False)
     batches = list(training_batches)
     if not batches:
         raise ProblemError("training_batches must hold a batch at least; it is empty.")
@@ -216,7 +222,7 @@ def _first(problem: BilevelProblem, start: Mapping[str, Tensor] | None) -> Param
     present = {name: p.detach() for name, p in problem.params.items()}
     if start is None:
         return present
-    shapes, wanted = ({name: tuple(p.shape) for name, p in each.items()} for each in (start, present))
+    shapes, wanted = ({name: tuple(getattr(p, "shape", ())) for name, p in each.items()} for each in (start, present))
     if shapes != wanted:
         raise ProblemError(
             f"start must hold the weights that the inner optimizer trains, {wanted}; it holds {shapes}. The result of "

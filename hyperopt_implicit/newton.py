@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_implicit.backend import get_backend
+from hyperopt_implicit.distributed import first_decides
 from hyperopt_implicit.implicit import ImplicitBackend
 from hyperopt_implicit.operators import LinearOperator, LossHessian, mean_training_loss, twice_differentiable
 from hyperopt_implicit.problem import BilevelProblem
@@ -88,7 +89,9 @@ def newton(
     started, steps, stalled = time.perf_counter(), 0, 0
     params, hessian = clone({name: p.detach() for name, p in start.items()}), hessian_at(start)
     size = norm(hessian.gradient)
-    while size > target and steps < max_steps and stalled < 3 and time.perf_counter() - started < seconds:
+    while size > target and steps < max_steps and stalled < 3:
+        if not first_decides(time.perf_counter() - started < seconds):
+            break
         step = _newton_step(hessian, hessian.gradient, accuracy=min(0.1, size / (scale or 1.0)))
         for halvings in range(12):
             tried = add(params, step, -(0.5**halvings))

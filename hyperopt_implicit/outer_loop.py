@@ -9,18 +9,22 @@ import math
 import time
 import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hyperopt_implicit.backend import Hypergradient, Status
 from hyperopt_implicit.data import number_of_batches
+from hyperopt_implicit.distributed import agree
 from hyperopt_implicit.history import Callback, History, OuterStep, Result, StopReason, summarise
 from hyperopt_implicit.hyper_optimizer import HyperOptimizer
 from hyperopt_implicit.hyperparameters import Value
 from hyperopt_implicit.messages import warn
+from hyperopt_implicit.micro_batches import take
+from hyperopt_implicit.mixed_precision import training_in
 from hyperopt_implicit.plain_training import PlainTraining
 from hyperopt_implicit.snapshot import Copies, Snapshot
 from hyperopt_implicit.vectors import is_finite, norm
@@ -36,6 +40,7 @@ class OuterLoop:
         hessian_batches: int,
         restart: bool,
         schedulers: list[torch.optim.lr_scheduler.LRScheduler],
+        accumulate: int = 1,
     ) -> None:
         self.outer = outer
         self.problem = outer.problem
@@ -44,7 +49,8 @@ class OuterLoop:
         self.inner_steps = inner_steps
         self.hessian_batches = hessian_batches
         self.schedulers = schedulers
-        self._plain = PlainTraining(self.problem, self.training)
+        self.accumulate = accumulate
+        self._plain = PlainTraining(self.problem, self.training, accumulate)
         self._initial: Snapshot | None = None
         if restart:
             self._initial = Snapshot(self.problem)
@@ -58,8 +64,9 @@ class OuterLoop:
             for name, value in self.problem.hyperparameters().items()
         }
 
-    def warm_up(self, steps: int, before: Snapshot) -> None:
-        self._plain.take(steps, self.values(), before)
+    def warm_up(self, steps: int, before: Snapshot | None) -> None:
+        with training_in(self.problem, self.outer.inner_precision):
+            self._plain.take(steps, self.values(), before)
 
     def train(self, values: dict[str, Value], before: Snapshot | None) -> list[float]:
         """The inner steps before the hypergradient; their losses. None for a backend that takes them itself.
@@ -73,17 +80,52 @@ class OuterLoop:
             before.restore()
         if self.outer.backend.differentiates == "trajectory":
             return []
-        return self._plain.take(self.inner_steps, values, before)
+        with training_in(self.problem, self.outer.inner_precision):
+            return self._plain.take(self.inner_steps, values, before)
 
     def differentiate(self) -> Hypergradient:
         through = self.outer.backend.differentiates == "trajectory"
-        batches = self.training.take(self.inner_steps if through else self.hessian_batches)
+        batches = take(self.training, self.inner_steps if through else self.hessian_batches, self.accumulate)
         return self.outer.compute(batches, self.validation.next())
 
     def move(self, hypergradient: Hypergradient, size: float) -> bool:
-        if hypergradient.endpoint is not None and hypergradient.status is not Status.NON_FINITE:
+        if hypergradient.endpoint is not None and hypergradient.status.usable:
             self.problem.load_inner_state(hypergradient.endpoint)
         return self.outer.apply(hypergradient, size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Model, optimizers, hyperparameters, schedules, and the places in both streams."""
+        model = self.problem.model
+        kept = model.state_dict()
+        return {
+            "model": kept,
+            "other_buffers": {name: b for name, b in model.named_buffers() if name not in kept},
+            "inner_optimizer": self.problem.optimizer.state_dict(),
+            "outer": self.outer.state_dict(),
+            "schedulers": [each.state_dict() for each in self.schedulers],
+            "training": self.training.state_dict(),
+            "validation": self.validation.state_dict(),
+            "wary": self._plain.wary,
+            "initial": None if self._initial is None else self._initial.state_dict(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what :meth:`state_dict` gave; the generators are left anywhere."""
+        model = self.problem.model
+        model.load_state_dict(state["model"])
+        buffers = dict(model.named_buffers())
+        for name, buffer in state["other_buffers"].items():
+            buffers[name].copy_(buffer)
+        self.problem.optimizer.load_state_dict(state["inner_optimizer"])
+        self.outer.load_state_dict(state["outer"])
+        for scheduler, each in zip(self.schedulers, state["schedulers"], strict=True):
+            scheduler.load_state_dict(each)
+        self.training.load_state_dict(state["training"])
+        self.validation.load_state_dict(state["validation"])
+        self._plain.wary = state["wary"]
+        if self._initial is not None:
+            self._initial.load_state_dict(state["initial"])
 
     def advance_schedules(self, validation_loss: float) -> None:
         if not self.schedulers:
@@ -130,6 +172,7 @@ class Run:
     Attributes:
         good: where the last outer step began.
         is_good: whether that can be the present state, its weights being finite.
+        warmed: how many steps of the warm-up were taken.
     """
 
     loop: OuterLoop
@@ -141,6 +184,7 @@ class Run:
     history: History = field(default_factory=History)
     stop_reason: StopReason | None = None
     seconds: float = 0.0
+    warmed: int = 0
 
     def __post_init__(self) -> None:
         problem = self.loop.problem
@@ -161,7 +205,9 @@ class Run:
         self.is_good = True
 
     def warm_up(self, steps: int) -> None:
-        self.loop.warm_up(steps, self.good)
+        """So many steps of the inner optimizer, with the hyperparameters at rest."""
+        self.loop.warm_up(steps, None if self.warmed else self.good)
+        self.warmed += steps
         self.is_good = is_finite(self.loop.problem.params)
 
     def advance(self, step: int) -> OuterStep:
@@ -185,7 +231,7 @@ class Run:
 
     def judge(self, step: int, taken: Taken) -> bool:
         """Before the move: go back to the last good state where this one is lost, and says so; note the best so far."""
-        lost = taken.result.status is Status.NON_FINITE or not taken.sound
+        lost = not taken.result.status.usable or not taken.sound
         if lost:
             self.good.restore()
         self.is_good = True
@@ -258,19 +304,21 @@ class Run:
         self._failures_in_a_row += 1
         if self._failures_in_a_row >= self.max_failures:
             self.stop_reason = "too many failed steps"
+            full = record.status is Status.OUT_OF_MEMORY
+            what = "ran out of memory" if full else "gave a loss or a gradient that was not finite"
             warn(
-                f"stopped at outer step {record.step}: {self.max_failures} outer steps in a row gave a loss or a "
-                "gradient that was not finite. Model and hyperparameters are at their last good state. "
-                f"{Status.NON_FINITE.remedy}"
+                f"stopped at outer step {record.step}: {self.max_failures} outer steps in a row {what}. Model and "
+                "hyperparameters are at their last good state. "
+                f"{(Status.OUT_OF_MEMORY if full else Status.NON_FINITE).remedy}"
             )
 
     def _decide(self, step: int, record: OuterStep) -> None:
         waited = step - self._mark_step - ((self._sweep.maxlen or 1) - 1)
         if self.patience is not None and waited >= self.patience:
             self.stop_reason = self.stop_reason or "no improvement"
-        for callback in self.callbacks:
-            if callback(record, self.loop.problem):
-                self.stop_reason = self.stop_reason or "stopped by a callback"
+        wanted = [bool(callback(record, self.loop.problem)) for callback in self.callbacks]
+        if any(agree(any_=wanted)):
+            self.stop_reason = self.stop_reason or "stopped by a callback"
 
     def result(self) -> Result:
         problem = self.loop.problem
@@ -290,6 +338,34 @@ class Run:
             failed_steps=self._failed,
         )
 
+    def state_dict(self) -> dict[str, Any]:
+        """The loop's state and all that is remembered of the run, as it is between two outer steps."""
+        return {
+            "loop": self.loop.state_dict(),
+            "history": self.history.state_dict(),
+            "best_hyperparameters": self._best_hyperparameters.tensors,
+            "best_model": self._best_model.tensors,
+            "sweep": list(self._sweep),
+            "good": None if len(self.history) else self.good.state_dict(),  # each outer step begins with another
+            **{name: getattr(self, name) for name in _REMEMBERED},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what :meth:`state_dict` gave; the generators are left anywhere."""
+        self.loop.load_state_dict(state["loop"])
+        self.history.load_state_dict(state["history"])
+        device = self.loop.problem.device
+        self._best_hyperparameters.take([each.to(device) for each in state["best_hyperparameters"]])
+        if state["best_model"]:
+            self._best_model.take([each.to(device) for each in state["best_model"]])
+        self._sweep.extend(state["sweep"])
+        if state["good"] is not None:
+            self.good.load_state_dict(state["good"])
+        for name in _REMEMBERED:
+            setattr(self, name, state[name])
+        if self.stop_reason == "interrupted":
+            self.stop_reason = None
+
     @torch.no_grad()
     def _best_values(self) -> dict[str, Value]:
         """The constrained values of the best λ, which takes the place of the present one for this."""
@@ -302,6 +378,12 @@ class Run:
         for tensor, last in zip(live, now.tensors, strict=True):
             tensor.copy_(last)
         return values
+
+
+_REMEMBERED = (
+    "stop_reason", "seconds", "warmed", "_best", "_best_step", "_partial", "_mark", "_mark_step", "_failures_in_a_row",
+    "_failed", "_note",
+)  # fmt: skip
 
 
 def _state(module: nn.Module) -> list[Tensor]:

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from hyperopt_implicit.data import BatchStream, bytes_of
+from hyperopt_implicit.distributed import largest_number, mean, several
 from hyperopt_implicit.hyperparameters import Value
-from hyperopt_implicit.inner_loop import descend, train_step
+from hyperopt_implicit.inner_loop import begin_step, descend, train_step
+from hyperopt_implicit.micro_batches import take
 from hyperopt_implicit.problem import BilevelProblem
 from hyperopt_implicit.randomness import random_states, set_random_states
 from hyperopt_implicit.snapshot import Buffers, Snapshot
@@ -33,12 +35,16 @@ class PlainTraining:
 
     Losses are read from the device once in ``MOST_BATCHES`` steps (or ``MOST_BYTES`` of batches). After a loss that was
     not finite they are read at every step, until a row of steps has gone well.
+
+    Attributes:
+        wary: whether the last losses that were read were not all finite.
     """
 
-    def __init__(self, problem: BilevelProblem, stream: BatchStream) -> None:
+    def __init__(self, problem: BilevelProblem, stream: BatchStream, accumulate: int = 1) -> None:
         self._problem = problem
         self._stream = stream
-        self._wary = False
+        self._accumulate = accumulate
+        self.wary = False
 
     def take(self, steps: int, values: dict[str, Value], before: Snapshot | None = None) -> list[float]:
         """Train for so many steps; L before each. A step whose L is not finite leaves the model as it was.
@@ -52,10 +58,10 @@ class PlainTraining:
         between: Snapshot | None = None  # where a later row begins
         while len(losses) < steps:
             left = steps - len(losses)
-            if self._wary or left < 2:
+            if self.wary or left < 2:
                 losses += self._careful(left, values)
                 continue
-            if self._size(self._stream.peek()) * _WORTHWHILE > MOST_BYTES:
+            if self._largest_size(self._stream.peek()) * self._accumulate * _WORTHWHILE > MOST_BYTES:
                 losses += self._careful(1, values)
                 continue
             if losses or before is None:
@@ -66,33 +72,43 @@ class PlainTraining:
 
     def _careful(self, steps: int, values: dict[str, Value]) -> list[float]:
         """Steps with a look at each loss."""
-        losses = [train_step(self._problem, self._stream.next(), values) for _ in range(min(steps, MOST_BATCHES))]
-        self._wary = not _all_finite(losses)
+        losses = [train_step(self._problem, self._next(), values) for _ in range(min(steps, MOST_BATCHES))]
+        self.wary = not _all_finite(losses)
         return losses
 
     def _row(self, steps: int, values: dict[str, Value], before: Snapshot) -> list[float]:
         """A row of steps, as long as it may be, with one look at its losses."""
-        batch = self._stream.next()
-        size = self._size(batch)
+        batch = self._next()
+        size = most = self._largest_size(batch)
         row = _Row(self._problem, values, before)
         failure: BaseException | None = None
         try:
             row.step(batch)
             while len(row.batches) < min(steps, MOST_BATCHES) and size <= MOST_BYTES:
-                batch = self._stream.next()
-                size += self._size(batch)
+                batch = self._next()
+                size += most if several() else self._size(batch)  # rows of all processes end at the same step
                 row.step(batch, draws=not self._stream.is_list)
         except BaseException as error:
+            if several():  # which wait for other numbers than the losses: the end of this process sets them free
+                raise
             failure = error
         losses = row.read()
         if not _all_finite(losses):
-            self._wary = True
+            self.wary = True
             losses = row.again()
             if row.stepping and isinstance(failure, Exception):
                 failure = None  # it came of weights that a look at each loss has now kept away
         if failure is not None:
             raise failure
         return losses
+
+    def _next(self) -> Any:
+        return take(self._stream, 1, self._accumulate)[0]
+
+    def _largest_size(self, batch: Any) -> int:
+        """The same, of the process that has the largest."""
+        size = self._size(batch)
+        return int(largest_number(size)) if several() and not self._stream.is_resident else size
 
     def _size(self, batch: Any) -> int:
         """The bytes that holding a batch takes."""
@@ -112,6 +128,7 @@ class _Row:
         self._networks = Buffers([value for value in values.values() if isinstance(value, nn.Module)])
         self._random: list[list[Tensor] | None] = []
         self._losses: list[Tensor] = []
+        self._scaling = problem.inner_precision.state_dict()
         self.batches: list[Any] = []
         self.stepping = False
 
@@ -120,20 +137,21 @@ class _Row:
         self.stepping = True
         self._random.append(random_states(self._problem.device) if draws else None)
         self.batches.append(batch)
-        loss = self._problem.training_loss(batch, self._values)
-        self._losses.append(loss.detach())
-        descend(self._problem, loss)
+        loss, rest = begin_step(self._problem, batch, self._values)
+        self._losses.append(loss)
+        descend(self._problem, rest)
         self.stepping = False
 
     def read(self) -> list[float]:
-        """The losses so far."""
-        return torch.stack(self._losses).tolist() if self._losses else []
+        """The losses so far; among several processes, their means."""
+        return mean(torch.stack(self._losses)).tolist() if self._losses else []
 
     def again(self) -> list[float]:
         """The same steps from the same start, with a look at each loss."""
         self._before.restore()
         self._problem.optimizer.zero_grad(set_to_none=True)
         self._networks.restore()
+        self._problem.inner_precision.load_state_dict(self._scaling)
         losses = []
         for batch, states in zip(self.batches, self._random, strict=True):
             if states is not None:

@@ -16,18 +16,22 @@ import torch
 from torch import Tensor
 
 from hyperopt_implicit.alike import describe, difference, explained
+from hyperopt_implicit.argument_checks import check_list
 from hyperopt_implicit.backend import Backend, Spec, get_backend
-from hyperopt_implicit.errors import HypergradientError, HyperoptError, LossError
+from hyperopt_implicit.distributed import several, world_size
+from hyperopt_implicit.errors import DistributedError, HypergradientError, HyperoptError, LossError
 from hyperopt_implicit.history import Callback, Result
 from hyperopt_implicit.implicit import ImplicitBackend
+from hyperopt_implicit.interrupts import Interrupt
 from hyperopt_implicit.members import UnvectorisableError
 from hyperopt_implicit.members_batches import Generators, structure
 from hyperopt_implicit.population_check import check_members
 from hyperopt_implicit.population_choice import measured_speedup
 from hyperopt_implicit.population_run import PopulationRun
 from hyperopt_implicit.prepared_run import PreparedRun, RunOptions
-from hyperopt_implicit.problem import BilevelProblem
+from hyperopt_implicit.problem import BilevelProblem, check_problem
 from hyperopt_implicit.randomness import random_states, replaying
+from hyperopt_implicit.run_state import RunKeeper
 from hyperopt_implicit.tracking import Tracking
 
 Outcome = Result | Exception
@@ -101,41 +105,94 @@ def optimize_population(
         >>> [round(each.hyperparameters["shift"].item(), 2) for each in found.outcomes], found.groups
         ([2.0, 2.0], [[0, 1]])
     """
+    if several():
+        raise DistributedError(
+            "optimize_population trains its members within one process; this one is among the "
+            f"{world_size()} of a torch.distributed group. Call it without a group, or train the problems one by one "
+            "with optimize, which shares each batch among the processes."
+        )
     if vectorise not in ("auto", "always"):
         raise HyperoptError(f"vectorise must be 'auto' or 'always'; got {vectorise!r}.")
+    check_list("problems", problems, "BilevelProblems")
+    for each in problems:
+        check_problem(each)
     count = len(problems)
     own_seeds = _one_each("seeds", seeds, count, None)
-    own_callbacks = _one_each("callbacks", callbacks or None, count, ())
+    own_callbacks = _one_each("callbacks", _given(callbacks), count, ())
     each_tracking = tracking if isinstance(tracking, Sequence) else [tracking] * count
     own_tracking = _one_each("tracking", each_tracking, count, False)
-    _one_each("knobs", knobs or None, count, {})
+    _one_each("knobs", _given(knobs), count, {})
     _check_models(problems)
-    plan = RunOptions(**options)
+    return run_together(
+        problems,
+        backend,
+        RunOptions(**options),
+        seeds=own_seeds,
+        callbacks=own_callbacks,
+        tracking=own_tracking,
+        knobs=knobs,
+        vectorise=vectorise,
+        compile=compile,
+    )
+
+
+def run_together(
+    problems: Sequence[BilevelProblem],
+    backend: Spec,
+    options: RunOptions,
+    *,
+    seeds: Sequence[int | None],
+    callbacks: Sequence[Iterable[Callback]],
+    tracking: Sequence[Tracking | bool],
+    knobs: Sequence[Mapping[str, Any]],
+    vectorise: str,
+    compile: bool,
+    keepers: Sequence[RunKeeper | None] = (),
+    interrupt: Interrupt | None = None,
+) -> Population:
+    """Many runs, as :func:`optimize_population` has them. One that was saved is gone on with by itself.
+
+    Args:
+        problems: see :func:`optimize_population`, as for all up to ``compile``.
+        backend: the same.
+        options: the same.
+        seeds: one a member.
+        callbacks: the same.
+        tracking: the same.
+        knobs: the same, or none.
+        vectorise: the same.
+        compile: the same.
+        keepers: who saves each member, or has saved it.
+        interrupt: what a signal has asked for.
+    """
     chosen = get_backend(backend)  # once: looking for what is installed takes longer than all the rest
-    runs = [PreparedRun(problem, chosen, plan, seed) for problem, seed in zip(problems, own_seeds, strict=True)]
+    runs = [PreparedRun(problem, chosen, options, seed) for problem, seed in zip(problems, seeds, strict=True)]
+    own_keepers = keepers or [None] * len(runs)
     found = Population([])
     outcomes: dict[int, Outcome] = {}
     states: dict[int, list[Tensor] | None] = {}
-    with _generators(own_seeds, problems), _unhurried():
+    with _generators(seeds, problems), _unhurried():
         begun: list[int] = []
         try:
             for i, run in enumerate(runs):
                 with run.seeded():
                     try:
-                        run.begin(own_callbacks[i], own_tracking[i])
+                        run.begin(callbacks[i], tracking[i], own_keepers[i])
                         begun.append(i)
                     except (LossError, HypergradientError) as error:
                         outcomes[i] = error
                         found.groups.append([i])
-                    states[i] = None if own_seeds[i] is None else random_states(run.problem.device)
-            for group in _grouped(begun, runs, found, knobs):
-                _train(group, runs, states, outcomes, found, vectorise, compile)
+                    states[i] = None if seeds[i] is None else random_states(run.problem.device)
+            fresh = [i for i in begun if not runs[i].is_under_way]
+            resumed = [[i] for i in begun if runs[i].is_under_way]
+            for group in (*_grouped(fresh, runs, found, knobs), *resumed):
+                _train(group, runs, states, outcomes, found, vectorise, compile, interrupt)
         except BaseException as error:
             for i in begun:
                 if i not in outcomes and not runs[i].closed:
                     runs[i].close(error)
             raise
-    found.outcomes = [outcomes[i] for i in range(count)]
+    found.outcomes = [outcomes[i] for i in range(len(runs))]
     found.groups.sort()
     return found
 
@@ -148,12 +205,14 @@ def _train(
     found: Population,
     vectorise: str,
     compile: bool,
+    interrupt: Interrupt | None,
 ) -> None:
     """Train members that are alike: together where that can be done, one by one elsewhere."""
     chosen = [runs[i] for i in group]
     device = chosen[0].problem.device
     if len(group) > 1:
         try:
+            _check_steps(chosen[0].options)
             backend = _backend_of_many([each.outer.backend for each in chosen], [each.problem for each in chosen])
             generators = Generators([states[i] for i in group], device)
             together = PopulationRun(chosen, backend, generators, compile=compile)
@@ -178,14 +237,14 @@ def _train(
         except UnvectorisableError as error:
             found.notes.append(f"members ran one by one: {error}")
         else:
-            together.go()
+            together.go(interrupt)
             outcomes.update((group[place], outcome) for place, outcome in together.outcomes.items())
             found.groups.append(list(group))
             return
     for i in group:
         with Generators([states[i]], device).of(0):
             try:
-                outcomes[i] = runs[i].go()
+                outcomes[i] = runs[i].go(interrupt=interrupt)
             except (LossError, HypergradientError) as error:
                 outcomes[i] = error
         found.groups.append([i])
@@ -217,6 +276,17 @@ def _grouped(
 def _batches(run: PreparedRun) -> dict[str, Any]:
     loop = run.run.loop
     return {"training": structure(loop.training.peek()), "validation": structure(loop.validation.peek())}
+
+
+def _check_steps(options: RunOptions) -> None:
+    """Whether inner steps can be taken for many members.
+
+    Raises:
+        UnvectorisableError: they cannot, and why.
+    """
+    for name, usual in (("accumulate", 1), ("inner_precision", None)):
+        if (value := getattr(options, name)) != usual:
+            raise UnvectorisableError(f"{name}={value!r} has no form for many members")
 
 
 def _backend_of_many(backends: Sequence[Backend], problems: Sequence[BilevelProblem]) -> ImplicitBackend:
@@ -266,9 +336,15 @@ def _check_models(problems: Sequence[BilevelProblem]) -> None:
                 )
 
 
+def _given(value: Any) -> Any:
+    """None where nothing was given."""
+    return None if isinstance(value, list | tuple) and not value else value
+
+
 def _one_each(name: str, given: Sequence[Any] | None, count: int, default: Any) -> list[Any]:
     if given is None:
         return [default] * count
+    check_list(name, given, "entries, one for each problem")
     if len(given) != count:
         raise HyperoptError(f"{name} must have one entry for each of the {count} problems; it has {len(given)}.")
     return list(given)

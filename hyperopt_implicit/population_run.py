@@ -17,11 +17,12 @@ from hyperopt_implicit.errors import HypergradientError
 from hyperopt_implicit.history import Result, summarise
 from hyperopt_implicit.hyperparameters import Value
 from hyperopt_implicit.implicit import ImplicitBackend
+from hyperopt_implicit.interrupts import Interrupt
 from hyperopt_implicit.members import Members, column
 from hyperopt_implicit.members_batches import Generators, MembersStream, put_together
 from hyperopt_implicit.members_compiled import CompiledMembers
 from hyperopt_implicit.members_curvature import Hypergradients, hypergradients, matrix
-from hyperopt_implicit.members_solver import norms
+from hyperopt_implicit.members_solver import as_alone, norms
 from hyperopt_implicit.members_training import MembersSnapshot, MembersTraining
 from hyperopt_implicit.members_update import members_optimizer
 from hyperopt_implicit.outer_loop import Taken
@@ -127,25 +128,25 @@ class PopulationRun:
         for each in self._runs:
             each.run.good.take()
 
-    def go(self) -> None:
-        """Train all members to their ends."""
+    def go(self, interrupt: Interrupt | None = None) -> None:
+        """Train all members to their ends, or until a signal asks for one."""
         try:
             if self._options.warmup_steps:
                 values, rows = self._values()
                 self._steps.take(self._options.warmup_steps, values, rows, self._good)
                 for each, sound in zip(self._runs, self._sound(), strict=True):
-                    each.run.is_good = sound
+                    each.run.is_good, each.run.warmed = sound, self._options.warmup_steps
             for step in range(self._options.outer_steps):
                 if not self._live:
                     return
-                self.advance(step)
+                self.advance(step, interrupt)
             self._leave(dict.fromkeys(self._live))
         except BaseException as error:
             for i in self._live:
                 self._runs[i].close(error)
             raise
 
-    def advance(self, step: int) -> None:
+    def advance(self, step: int, interrupt: Interrupt | None = None) -> None:
         """One outer step of all members; those that have come to their end leave."""
         started = time.perf_counter()
         before = self._begin()
@@ -171,6 +172,8 @@ class PopulationRun:
             with self._generators.of(i):
                 record = each.run.record(step, taken[i], lost=lost[i], applied=applied[i], seconds=seconds)
             each.log(record)
+            each.heed(interrupt)
+            self._save(i)
             if each.run.stop_reason is not None:
                 ends[i] = None
         self._leave(ends)
@@ -191,6 +194,23 @@ class PopulationRun:
             before = self._initial
             before.restore(self._live)
         return before
+
+    def _save(self, member: int) -> None:
+        """Save a member where it is time to, or a signal has ended it, as the run alone that it could go on as."""
+        run = self._runs[member]
+        if run.keeper is None or not (run.keeper.is_due() or run.run.stop_reason == "interrupted"):
+            return
+        self._training.place(member)
+        self._validation.place(member)
+        for optimizer in (self._inner, self._outer):
+            optimizer.release(member)
+        rows = run.outer.state
+        run.outer.state = as_alone(rows, run.problem.params)
+        with self._generators.of(member):
+            run.saved = run.keeper.save()
+        run.outer.state = rows
+        for optimizer in (self._inner, self._outer):
+            optimizer.adopt(member)
 
     def _values(self) -> tuple[Params, list[dict[str, Value]]]:
         """The constrained hyperparameters, stacked, and of each member."""

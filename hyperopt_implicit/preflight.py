@@ -28,6 +28,7 @@ from hyperopt_implicit.backend import (
 from hyperopt_implicit.errors import HyperoptError, LossError, ProblemError, SecondDerivativeError
 from hyperopt_implicit.messages import first_line, warn
 from hyperopt_implicit.operators import twice_differentiable, undifferentiable_operator
+from hyperopt_implicit.out_of_memory import is_out_of_memory
 from hyperopt_implicit.vectors import Params
 
 if TYPE_CHECKING:
@@ -161,6 +162,12 @@ def _try_second_derivative(
         _grads(curved, params)
         return _grads(curved, hparams)
     except (RuntimeError, NotImplementedError) as error:
+        if is_out_of_memory(error):
+            raise ProblemError(
+                "the second derivative of the training loss must fit into memory on the first batch; it does not "
+                f"(torch says: {first_line(error)}). Use smaller batches, or a backend that does without "
+                f"({backends_without_second_derivative()})."
+            ) from error
         name, where = _culprit(problem, batch, error)
         raise SecondDerivativeError(
             f"this backend differentiates the training loss twice, and {name} in {where} has no second derivative. "

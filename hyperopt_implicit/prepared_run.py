@@ -13,17 +13,23 @@ from typing import Any
 
 import torch
 
+from hyperopt_implicit.argument_checks import check_seed, check_switch, checked_callbacks, is_number, scheduler_of
 from hyperopt_implicit.backend import Spec
+from hyperopt_implicit.distributed import agree, is_first
 from hyperopt_implicit.errors import HyperoptError
 from hyperopt_implicit.guarded_step import OnFailure
 from hyperopt_implicit.history import Callback, OuterStep, Result
 from hyperopt_implicit.hyper_optimizer import HyperOptimizer
+from hyperopt_implicit.interrupts import Interrupt
 from hyperopt_implicit.messages import warn
 from hyperopt_implicit.outer_loop import OuterLoop, Run
 from hyperopt_implicit.problem import BilevelProblem
 from hyperopt_implicit.randomness import random_states, replaying
 from hyperopt_implicit.report import Report
+from hyperopt_implicit.run_state import RunKeeper, identity_of
 from hyperopt_implicit.tracking import RunTracker, Tracking
+
+_WARM_UP_STEPS = 64  # between two moments at which a warm-up may be saved; training holds as many batches at most
 
 Scheduler = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 
@@ -39,6 +45,8 @@ class RunOptions:
     outer_lr: float = 1e-2
     clip: float | None = None
     hessian_batches: int = 1
+    accumulate: int = 1
+    inner_precision: str | None = None
     restart: bool = False
     inner_scheduler: Scheduler | None = None
     outer_scheduler: Scheduler | None = None
@@ -63,6 +71,8 @@ class PreparedRun:
         outer: the outer step.
         run: the loop and its bookkeeping, from :meth:`begin` on.
         closed: whether it was closed.
+        saved: whether its last step was saved.
+        keeper: who saves it; None where nobody does.
 
     Raises:
         HyperoptError: the problem, the backend or an option cannot hold.
@@ -70,6 +80,8 @@ class PreparedRun:
 
     run: Run
     closed: bool = False
+    saved: bool = False
+    keeper: RunKeeper | None = None
 
     def __init__(self, problem: BilevelProblem, backend: Spec, options: RunOptions, seed: int | None) -> None:
         self._described = options.described(seed)
@@ -82,14 +94,14 @@ class PreparedRun:
             backend=backend,
             clip=options.clip,
             on_failure=options.on_failure,
+            inner_precision=options.inner_precision,
             **lr,
         )
         through_training = self.outer.backend.differentiates == "trajectory"
         self.outer.backend.check_steps(options.inner_steps if through_training else options.hessian_batches)
         if not through_training:
-            _warn_of_batches_left_out(
-                problem.training_data, options.warmup_steps, options.inner_steps, options.hessian_batches
-            )
+            taken = (options.warmup_steps, options.inner_steps, options.hessian_batches)
+            _warn_of_batches_left_out(problem.training_data, *taken, options.accumulate)
         self._described["outer_optimizer"] = type(self.outer.optimizer).__name__
         self._described["outer_lr"] = self.outer.optimizer.param_groups[0].get("lr")  # a callable has its own
 
@@ -103,32 +115,48 @@ class PreparedRun:
             torch.manual_seed(self._seed)
             yield
 
-    def begin(self, callbacks: Iterable[Callback], tracking: Tracking | bool) -> None:
+    def begin(self, callbacks: Iterable[Callback], tracking: Tracking | bool, keeper: RunKeeper | None = None) -> None:
         """Look at the first batches, try both losses on them, and open the run that is tracked.
 
+        A run that was saved is brought back instead, to where it stood.
+
+        Args:
+            callbacks: of the run.
+            tracking: where it is tracked.
+            keeper: who saves it, or has saved it.
+
         Raises:
-            HyperoptError: what :func:`hyperopt_implicit.preflight.preflight` refuses.
+            HyperoptError: what :func:`hyperopt_implicit.preflight.preflight` refuses, or there is a saved run that
+                cannot be gone on with.
         """
+        self.keeper = keeper
+        try:
+            self._begin(checked_callbacks(callbacks), tracking, keeper)
+        except BaseException as error:
+            if keeper is not None:
+                keeper.release()
+            if hasattr(self, "_tracker"):
+                self._tracker.end(error)
+            raise
+
+    def _begin(self, callbacks: list[Callback], tracking: Tracking | bool, keeper: RunKeeper | None) -> None:
         options, problem, outer = self.options, self.problem, self.outer
         loop = OuterLoop(
             outer=outer,
             inner_steps=options.inner_steps,
             hessian_batches=options.hessian_batches,
+            accumulate=options.accumulate,
             restart=options.restart,
             schedulers=[
-                make(optimizer)
-                for make, optimizer in (
-                    (options.inner_scheduler, problem.optimizer),
-                    (options.outer_scheduler, outer.optimizer),
+                scheduler_of(name, make, optimizer)
+                for name, make, optimizer in (
+                    ("inner_scheduler", options.inner_scheduler, problem.optimizer),
+                    ("outer_scheduler", options.outer_scheduler, outer.optimizer),
                 )
                 if make is not None
             ],
         )
-        # the only point before training at which the data and both losses are touched
-        outer.check(loop.training.peek(), loop.validation.peek())
-        callbacks = list(callbacks)
-        reports = [each for each in callbacks if isinstance(each, Report)]
-        self._tracker = RunTracker(tracking, problem, outer.backend, self._described, reports)
+        saved = None if keeper is None else keeper.found(identity_of(outer, self._described))
         self.run = Run(
             loop,
             patience=options.patience,
@@ -137,56 +165,130 @@ class PreparedRun:
             max_failures=options.max_failures,
             callbacks=callbacks,
         )
+        if keeper is not None:
+            keeper.attach(self.run, callbacks, lambda: self._tracker.run_id)
+        if saved is None or keeper is None:
+            # the only point before training at which the data and both losses are touched
+            outer.check(loop.training.peek(), loop.validation.peek())
+        else:
+            keeper.bring_back(saved)
+            outer.checked = True
+        reports = [each for each in callbacks if isinstance(each, Report)]
+        self._tracker = RunTracker(
+            tracking if is_first() else False,
+            problem,
+            outer.backend,
+            self._described,
+            reports,
+            resume=None if saved is None or keeper is None or keeper.lenient else saved.state["run_id"],
+            history=self.run.history,
+        )
+        if keeper is not None:
+            if saved is None:
+                keeper.begin()
+            else:
+                keeper.bring_back_generators(saved)
 
-    def go(self, shown: Callable[[OuterStep], None] = lambda record: None) -> Result:
-        """All steps, to the end; ``shown`` is called with the record of each."""
+    def go(
+        self, shown: Callable[[OuterStep], None] = lambda record: None, interrupt: Interrupt | None = None
+    ) -> Result:
+        """All steps that are left, to the end.
+
+        Args:
+            shown: called with the record of each.
+            interrupt: ends the run after a step where a signal asks for it.
+        """
         try:
-            self.run.warm_up(self.options.warmup_steps)
-            for step in range(self.options.outer_steps):
+            self._warm_up(interrupt)
+            for step in range(len(self.run.history), self.options.outer_steps):
+                if self.run.stop_reason is not None:
+                    break
                 record = self.run.advance(step)
                 self.log(record)
                 shown(record)
-                if self.run.stop_reason is not None:
-                    break
+                self.heed(interrupt)
+                if self.keeper is not None and self.run.stop_reason is None:
+                    self.keeper.after_step()
+            if self.keeper is not None:
+                self.saved = self.keeper.save()
         except BaseException as error:
             self.close(error)
             raise
         return self.close()
+
+    def _warm_up(self, interrupt: Interrupt | None) -> None:
+        """What is left of the warm-up: all at once, or in parts between which the run may be saved or ended."""
+        steps = self.options.warmup_steps
+        while self.run.warmed < steps and self.run.stop_reason is None:
+            left = steps - self.run.warmed
+            self.run.warm_up(left if self.keeper is None else min(left, _WARM_UP_STEPS))
+            if self.keeper is not None:
+                self.keeper.after_warm_up_steps()
+            self.heed(interrupt)
+
+    def heed(self, interrupt: Interrupt | None) -> None:
+        """End the run after the present step where a signal asks for it and the run is not through."""
+        if interrupt is None:
+            return
+        left = self.options.outer_steps - len(self.run.history)
+        (requested,) = agree(any_=[interrupt.requested])  # a signal may reach one process before another
+        if requested and left:
+            self.run.stop_reason = self.run.stop_reason or "interrupted"
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether steps were taken, in this process or in one before."""
+        return bool(len(self.run.history) or self.run.warmed)
 
     def log(self, record: OuterStep) -> None:
         """Hand the record of a step to the tracker; returns at once."""
         self._tracker.log_step(record)
 
     def close(self, error: BaseException | None = None) -> Result:
-        """What the run has come to; the tracked run is ended, as failed where there is an error."""
+        """What the run has come to; the tracked run is ended, as failed where there is an error.
+
+        One that a signal has ended is marked as killed, without the figures and numbers of a whole run.
+        """
         self.closed = True
+        if self.keeper is not None:
+            self.keeper.release()
         result = self.run.result()
-        if error is None:
+        if error is None and result.stop_reason == "interrupted":
+            self._tracker.interrupt()
             result.run_id, result.run_link = self._tracker.run_id, self._tracker.run_link
+            return result
         self._tracker.close(result, error)
+        result.run_id, result.run_link = self._tracker.run_id, self._tracker.run_link  # as known by now
         return result
 
 
-def _warn_of_batches_left_out(data: object, warmup_steps: int, inner_steps: int, hessian_batches: int) -> None:
+def _warn_of_batches_left_out(
+    data: object, warmup_steps: int, inner_steps: int, hessian_batches: int, accumulate: int = 1
+) -> None:
     """Inner steps and hypergradients take turns on one stream: on a list, each may meet some of the batches only."""
     if not isinstance(data, list | tuple) or type(data) not in (list, tuple):  # a subclass may iterate otherwise
         return
-    period = inner_steps + hessian_batches
+    warmup, inner, hessian = (steps * accumulate for steps in (warmup_steps, inner_steps, hessian_batches))
+    period = inner + hessian
     common = math.gcd(len(data), period)  # a place is only ever met again at places that differ by a multiple of it
-    trained = {(warmup_steps + i) % common for i in range(inner_steps)}
-    differentiated = {(warmup_steps + inner_steps + i) % common for i in range(hessian_batches)}
+    trained = {(warmup + i) % common for i in range(inner)}
+    differentiated = {(warmup + inner + i) % common for i in range(hessian)}
     counts = [len({id(x) for i, x in enumerate(data) if i % common in met}) for met in (trained, differentiated)]
     every = len({id(x) for x in data})
     if min(counts) < every:
+        times = ", times accumulate" if accumulate > 1 else ""
         warn(
             f"training_data is a list of {len(data)} batches that is read in turn, and an outer step takes {period} of "
-            f"them (inner_steps + hessian_batches): of {every} different batches, training only ever sees {counts[0]} "
-            f"and the hypergradient {counts[1]}. Choose inner_steps so that the sum has no factor in common with "
-            f"{len(data)}, or pass a DataLoader with shuffle=True."
+            f"them (inner_steps + hessian_batches{times}): of {every} different batches, training only ever sees "
+            f"{counts[0]} and the hypergradient {counts[1]}. Choose inner_steps so that the sum has no factor in "
+            f"common with {len(data) // math.gcd(len(data), accumulate)}, or pass a DataLoader with shuffle=True."
         )
 
 
-_LEAST = {"outer_steps": 1, "inner_steps": 1, "warmup_steps": 0, "hessian_batches": 1, "max_failures": 1, "patience": 1}
+_LEAST = {
+    "outer_steps": 1, "inner_steps": 1, "warmup_steps": 0, "hessian_batches": 1, "accumulate": 1, "max_failures": 1,
+    "patience": 1,
+}  # fmt: skip
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -199,9 +301,11 @@ def check_options(options: Mapping[str, Any]) -> None:
         if name in _LEAST and not (name == "patience" and value is None):
             if isinstance(value, bool) or not isinstance(value, int) or value < _LEAST[name]:
                 raise HyperoptError(f"{name} must be a whole number of at least {_LEAST[name]}; got {value!r}.")
-        elif name == "min_delta" and not (isinstance(value, int | float) and 0 <= value < math.inf):
+        elif name == "min_delta" and not (is_number(value) and value >= 0):
             raise HyperoptError(f"min_delta must be a number of at least 0; got {value!r}.")
-        elif name == "outer_lr" and not (isinstance(value, int | float) and 0 < value < math.inf):
+        elif name == "outer_lr" and not (is_number(value) and value > 0):
             raise HyperoptError(f"outer_lr must be a positive number; got {value!r}.")
-        elif name == "seed" and not (value is None or isinstance(value, int)):
-            raise HyperoptError(f"seed must be a whole number, or None; got {value!r}.")
+        elif name == "seed":
+            check_seed(value, or_none=True)
+        elif name in ("restart", "keep_best_model"):
+            check_switch(name, value)

@@ -15,8 +15,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from hyperopt_implicit.argument_checks import check_function, shown
 from hyperopt_implicit.binding import (
     OptimizerFactory,
+    check_bare,
     check_options,
     has_weight_norm,
     inner_optimizer,
@@ -24,9 +26,13 @@ from hyperopt_implicit.binding import (
     trained_parameters,
 )
 from hyperopt_implicit.data import BatchStream, Data, check_data
+from hyperopt_implicit.distributed import mean, several
 from hyperopt_implicit.errors import LossError, ProblemError
 from hyperopt_implicit.functional import Places
 from hyperopt_implicit.hyperparameters import Hyperparameters, Value, declarations_of, undecorated
+from hyperopt_implicit.micro_batches import parts_of
+from hyperopt_implicit.mixed_precision import FULL, InnerPrecision
+from hyperopt_implicit.shares import mean_of_shares, replicated
 from hyperopt_implicit.vectors import Params
 
 
@@ -37,6 +43,8 @@ class InnerState:
     params: Params
     buffers: Params
     optimizer: dict[str, dict[str, Any]]
+    scaling: Tensor | None = None
+    """Of the loss, where training in float16 has arrived; what holds it is not part of a problem."""
 
 
 class _Bound(nn.Module):
@@ -69,6 +77,7 @@ class BilevelProblem:
         hyperparameters: the :class:`Hyperparameters` module that holds λ.
         optimizer: the inner optimizer.
         has_weight_norm: whether a weight of the model or of a hyperparameter is normalised by ``weight_norm``.
+        inner_precision: in which inner steps are computed; a run or a :class:`HyperOptimizer` sets it for their time.
 
     Raises:
         ProblemError: nothing in the model requires grad, the optimizer holds foreign parameters, or a loss takes a
@@ -93,6 +102,8 @@ class BilevelProblem:
         ['bias', 'weight']
     """
 
+    inner_precision: InnerPrecision = FULL
+
     def __init__(
         self,
         model: nn.Module,
@@ -105,12 +116,15 @@ class BilevelProblem:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ProblemError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
+        check_bare(model)
         for data, role in ((training_data, "training_data"), (validation_data, "validation_data")):
             if data is not None:
                 check_data(data, role)
         self.model = model
         self.training_data = training_data
         self.validation_data = validation_data
+        for loss, role in ((training_loss, "training_loss"), (validation_loss, "validation_loss")):
+            check_function(loss, f"{role} must be a function of (model, batch, …)", ProblemError)
         self._losses = {
             "training_loss": undecorated(training_loss),
             "validation_loss": undecorated(validation_loss),
@@ -226,15 +240,25 @@ class BilevelProblem:
     def training_loss(self, batch: Any, values: dict[str, Value] | None = None) -> Tensor:
         """L on the model as it stands, with the present hyperparameters (or the constrained ``values`` given).
 
-        This is the loss to call in a training loop of one's own; buffers such as running statistics move.
+        This is the loss to call in a training loop of one's own; buffers such as running statistics move. Among several
+        processes it is the mean over their shares of the batch, and so are its derivatives.
         """
+        if not several():
+            return self._evaluate("training_loss", batch, values)
+        hparams = self.hparams if values is None else {}
+        (params, hparams), ties = replicated(self.params, hparams)
+        with self._places.parameters_swapped(_prefixed(params, hparams)):
+            return mean_of_shares(self._evaluate("training_loss", batch, values), ties)
+
+    def share_of_training_loss(self, batch: Any, values: dict[str, Value] | None = None) -> Tensor:
+        """The same, of this process's share of the batch alone; that of :meth:`training_loss` for one process."""
         return self._evaluate("training_loss", batch, values)
 
     @torch.no_grad()
     def validation_loss(self, batch: Any) -> Tensor:
-        """F on the model as it stands, in eval mode, without a graph."""
+        """F on the model as it stands, in eval mode, without a graph; among several processes, the mean of theirs."""
         with evaluating(self.model):
-            return self._evaluate("validation_loss", batch)
+            return mean(self._evaluate("validation_loss", batch))
 
     # ---------------------------------------------------------------------------- losses as functions of (w, λ, batch)
 
@@ -252,14 +276,16 @@ class BilevelProblem:
             return self._call("validation_loss", params, hparams, batch, buffers)
 
     def _call(self, role: str, params: Params, hparams: Params, batch: Any, buffers: Params | None) -> Tensor:
-        parameters = {f"model.{name}": tensor for name, tensor in params.items()}
-        parameters.update((f"hyperparameters.{name}", tensor) for name, tensor in hparams.items())
+        among_several = several()
+        ties: list[Tensor] = []
+        if among_several:
+            (params, hparams), ties = replicated(params, hparams)
         given = {} if buffers is None else {f"model.{name}": tensor for name, tensor in buffers.items()}
-        loss, held = self.evaluate_with(role, parameters, given, batch)
+        loss, held = self.evaluate_with(role, _prefixed(params, hparams), given, batch)
         for name, tensor in given.items():  # a module may have put another in the place of a buffer
             if buffers is not None and held[name] is not tensor:
                 buffers[name.removeprefix("model.")] = held[name].detach()
-        return loss
+        return mean_of_shares(loss, ties) if among_several else loss
 
     def evaluate_with(
         self, role: str, parameters: Params, buffers: Params, batch: Any, values: dict[str, Value] | None = None
@@ -284,7 +310,9 @@ class BilevelProblem:
         taken = self._taken[role]
         if values is None:
             values = self.hyperparameters("loss") if taken else {}
-        return _scalar(self._losses[role](self.model, batch, **{name: values[name] for name in taken}), role)
+        given = {name: values[name] for name in taken}
+        losses = [_scalar(self._losses[role](self.model, part, **given), role) for part in parts_of(batch)]
+        return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
     # --------------------------------------------------------------------------------------------- the inner state
 
@@ -325,6 +353,16 @@ class BilevelProblem:
                 write_option(group, name, float(cast(Tensor, value).flatten()[0]))
 
 
+def check_problem(problem: Any) -> None:
+    """Refuse what is no problem.
+
+    Raises:
+        ProblemError: with what it is.
+    """
+    if not isinstance(problem, BilevelProblem):
+        raise ProblemError(f"problem must be a BilevelProblem; got {shown(problem)}.")
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards every module is in the mode it had before."""
@@ -347,6 +385,12 @@ def write_option(group: dict[str, Any], name: str, value: Any) -> None:
         group[name].fill_(value)
     else:
         group[name] = value
+
+
+def _prefixed(params: Params, hparams: Params) -> Params:
+    parameters = {f"model.{name}": tensor for name, tensor in params.items()}
+    parameters.update((f"hyperparameters.{name}", tensor) for name, tensor in hparams.items())
+    return parameters
 
 
 def _scalar(loss: Any, role: str) -> Tensor:

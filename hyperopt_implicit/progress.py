@@ -6,6 +6,7 @@ import sys
 from types import TracebackType
 from typing import Any
 
+from hyperopt_implicit.argument_checks import check_switch
 from hyperopt_implicit.history import OuterStep
 
 
@@ -19,6 +20,7 @@ class ProgressBar:
     """
 
     def __init__(self, total: int, enabled: bool | None = None, *, done: int = 0) -> None:
+        check_switch("progress", enabled, or_none=True)
         self._total, self._done = total, done
         self._speaks = enabled is not False
         self._enabled = sys.stderr.isatty() if enabled is None else enabled

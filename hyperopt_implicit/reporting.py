@@ -1,15 +1,16 @@
-"""What a trial tells Optuna while it runs, how often, and what ends it early."""
+"""What a trial tells Optuna while it runs, how often, and whether the pruner ends it."""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from hyperopt_implicit.history import OuterStep
-from hyperopt_implicit.interrupts import Interrupt
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -68,44 +69,55 @@ class Pace:
 
 @dataclass
 class Reporter:
-    """The callback of one trial: reports its validation loss, and ends it where the pruner or a signal says so.
+    """The callback of one trial: reports its validation loss, and ends it where the pruner says so.
+
+    What it has reported is saved with the trial, and reported anew by the one that goes on with it.
 
     Attributes:
         trial: Optuna's.
         pace: when to report.
-        interrupt: what a signal has asked for.
         prunes: whether there is one value that a pruner can judge by.
         pruned: whether the pruner has ended the trial.
-        interrupted: whether a signal has.
         taken: whether somebody else has ended the trial in the study.
     """
 
     trial: Trial
     pace: Pace
-    interrupt: Interrupt
     prunes: bool
     pruned: bool = False
-    interrupted: bool = False
     taken: bool = False
     _last: float | None = None
+    _reported: dict[int, float] = field(default_factory=dict)
 
     def __call__(self, step: OuterStep, problem: BilevelProblem) -> bool:
         began = time.perf_counter()
         if self.prunes and self.pace.is_due(step.step) and math.isfinite(step.validation_loss_sweep):
             self._report(step)
-        is_last = step.step + 1 >= self.pace.outer_steps
-        self.interrupted = self.interrupt.requested and not self.pruned and not is_last
         ended = time.perf_counter()
         if self.prunes and self._last is not None:
             self.pace.measure(step.step, began - self._last, ended - began)
         self._last = ended
-        return self.pruned or self.interrupted or self.taken
+        return self.pruned or self.taken
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was reported so far."""
+        return {"reported": dict(self._reported)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Report to the present trial what one before it had reported."""
+        from optuna.exceptions import UpdateFinishedTrialError
+
+        self._reported = dict(state["reported"])
+        with suppress(UpdateFinishedTrialError):  # which the next report finds as well
+            for step, value in self._reported.items():
+                self.trial.report(value, step)
 
     def _report(self, step: OuterStep) -> None:
         from optuna.exceptions import UpdateFinishedTrialError
 
         try:
             self.trial.report(step.validation_loss_sweep, step.step)
+            self._reported[step.step] = step.validation_loss_sweep
             self.pruned = self.trial.should_prune()
         except UpdateFinishedTrialError:  # a worker that stood still for too long is taken for dead
             self.taken = True

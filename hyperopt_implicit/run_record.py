@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import platform
-import subprocess
+import re
+import subprocess  # nosec B404 # for git, without a shell
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,6 @@ def metrics_of(step: OuterStep) -> dict[str, float]:
     """One outer step as metrics, grouped by prefix."""
     metrics = {
         "loss/training": step.training_loss,
-        "loss/validation": step.validation_loss,
         "loss/validation_sweep": step.validation_loss_sweep,
         "solver/hypergradient_norm": step.hypergradient_norm,
         "solver/iterations": float(step.iterations),
@@ -70,6 +70,7 @@ def metrics_of(step: OuterStep) -> dict[str, float]:
     if step.residual is not None:
         metrics["solver/residual"] = step.residual
     metrics.update((f"hyperparameter/{name}", value) for name, value in step.hyperparameters.items())
+    metrics["loss/validation"] = step.validation_loss  # the last, by which a record is known to be there
     return metrics
 
 
@@ -97,9 +98,10 @@ def source_tags(source: Path | None) -> dict[str, str]:
     if source is None:
         return {}
     tags = {"mlflow.source.name": source.name, "mlflow.source.type": "LOCAL"}
+    # no shell, and the only word that is not fixed is a folder that exists
     command = ["git", "-C", str(source.parent), "rev-parse", "HEAD"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+        found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)  # nosec B603
     except (OSError, subprocess.SubprocessError):
         return tags
     return {**tags, "mlflow.source.git.commit": found.stdout.strip()} if found.returncode == 0 else tags
@@ -119,8 +121,13 @@ def figures_of(result: Result, folder: Path, reports: Sequence[Report] = ()) -> 
     }
     for report in reports:
         drawn.update(report.figures())
+    taken: set[str] = set()
     for name, figure in drawn.items():
         if figure is not None:
+            name = re.sub(r"[^\w\- ]", "_", name)  # a report's, which must not lead out of the folder
+            while name in taken:
+                name += "_"
+            taken.add(name)
             figure.savefig(folder / f"{name}.png", dpi=120)
             yield folder / f"{name}.png"
 

@@ -6,13 +6,22 @@ How that is written to a folder is in ``checkpoint.py``; when it is done, in ``p
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from hyperopt_implicit.checkpoint import Checkpoints, Saved
 from hyperopt_implicit.data import number_of_batches
+from hyperopt_implicit.distributed import (
+    broadcast_object,
+    first_decides,
+    gathered,
+    is_first,
+    rank,
+    several,
+    world_size,
+)
 from hyperopt_implicit.errors import CheckpointError, HyperoptError
 from hyperopt_implicit.messages import first_line, warn
 from hyperopt_implicit.randomness import AllGenerators
@@ -21,6 +30,8 @@ if TYPE_CHECKING:
     from hyperopt_implicit.history import Callback
     from hyperopt_implicit.hyper_optimizer import HyperOptimizer
     from hyperopt_implicit.outer_loop import Run
+
+Result = TypeVar("Result")
 
 _FORMAT = 1
 _MAY_CHANGE = ("outer_steps", "patience", "min_delta", "max_failures", "on_failure")
@@ -33,13 +44,14 @@ class RunKeeper:
     Args:
         checkpoints: where.
         resume: whether to go on with a run that has left checkpoints there; a new one begins where there are none.
-        lenient: whether a run that cannot be brought back or saved begins anew, with a warning; else it is refused.
+        lenient: whether a run that cannot be brought back or saved begins anew, with a warning; else it is refused. It
+            is tracked anew in either case, and not saved before its first step.
     """
 
     def __init__(self, checkpoints: Checkpoints, *, resume: bool, lenient: bool = False) -> None:
         self._checkpoints = checkpoints
         self._resume = resume
-        self._lenient = lenient
+        self.lenient = lenient
         self._identity: dict[str, str] = {}
         self._writes = True
 
@@ -58,15 +70,27 @@ class RunKeeper:
             CheckpointError: there is one, and it must not be gone on with, or cannot.
         """
         self._identity = dict(identity)
+        return _from_first(self._found)
+
+    def _found(self) -> Saved | None:
         if not self._resume:
             self._checkpoints.refuse_others()
+            self._checkpoints.claim()
+            return None
+        try:
+            self._checkpoints.claim()
+        except CheckpointError as error:
+            if not self.lenient:
+                raise
+            self._writes = False
+            warn(f"begins anew and goes on without checkpoints: {error}")
             return None
         try:
             saved = self._checkpoints.newest()
             if saved is not None:
                 _refuse_differences(saved, self._identity)
         except CheckpointError as error:
-            if not self._lenient:
+            if not self.lenient:
                 raise
             warn(f"begins anew: {error}")
             return None
@@ -92,8 +116,11 @@ class RunKeeper:
         Raises:
             CheckpointError: it does not fit.
         """
+        run = saved.state["run"]
+        own = saved.state["processes"][rank() % len(saved.state["processes"])]
+        run["loop"].update(own["streams"])
         try:
-            self._run.load_state_dict(saved.state["run"])
+            self._run.load_state_dict(run)
         except HyperoptError:
             raise
         except (KeyError, RuntimeError, ValueError, TypeError, IndexError) as error:
@@ -108,7 +135,8 @@ class RunKeeper:
 
     def bring_back_generators(self, saved: Saved) -> None:
         """Put all generators to where they stood; the last thing before the run goes on."""
-        self._generators.put_back(saved.state["generators"])
+        own = saved.state["processes"][rank() % len(saved.state["processes"])]
+        self._generators.put_back(own["generators"])
 
     def begin(self) -> None:
         """Save the run before its first step.
@@ -116,43 +144,75 @@ class RunKeeper:
         Raises:
             CheckpointError: it cannot be saved.
         """
-        try:
-            self._checkpoints.begin(self.state())
-        except CheckpointError as error:
-            if not self._lenient:
-                raise
-            self._writes = False
-            warn(f"goes on without checkpoints: {error}")
+        if not self.lenient:
+            state = self.state()
+            _from_first(lambda: self._checkpoints.begin(state))
+
+    def release(self) -> None:
+        """Let other processes go on with the run."""
+        self._checkpoints.release()
 
     def after_step(self) -> None:
         """Save the run where it is time to."""
-        if self._writes and self._checkpoints.is_due(len(self._run.history)):
+        if self.is_due():
             self.save()
 
     def after_warm_up_steps(self) -> None:
         """Save the run in the course of its warm-up, where it is time to and its weights are sound."""
-        if self._writes and self._run.is_good and self._checkpoints.is_due_by_time():
+        if self._writes and self._run.is_good and first_decides(self._checkpoints.is_due_by_time()):
             self.save()
 
     def save(self) -> bool:
-        """Save the run as it is now; whether that was possible."""
-        return self._writes and self._checkpoints.save(self.state(), len(self._run.history))
+        """Save the run as it is now; whether that was possible. Among several processes the first one writes."""
+        if not self._writes:
+            return False
+        state = self.state()
+        return first_decides(is_first() and self._checkpoints.save(state, len(self._run.history)))
+
+    def is_due(self) -> bool:
+        """Whether it is time to save, after an outer step."""
+        return self._writes and first_decides(self._checkpoints.is_due(len(self._run.history)))
 
     def state(self) -> dict[str, Any]:
-        """What is saved."""
+        """What is saved; for the first of several processes, with what each of them has by itself."""
+        run = self._run.state_dict()
+        own = {
+            "streams": {name: run["loop"].pop(name) for name in ("training", "validation")},
+            "generators": self._generators.states(),
+        }
         states = [getattr(each, "state_dict", None) for each in self._callbacks]
         return {
             "format": _FORMAT,
             "torch": str(torch.__version__),
             "identity": self._identity,
             "run_id": self._run_id(),
-            "run": self._run.state_dict(),
+            "run": run,
             "callbacks": [
                 (type(each).__qualname__, state() if callable(state) else None)
                 for each, state in zip(self._callbacks, states, strict=True)
             ],
-            "generators": self._generators.states(),
+            "processes": gathered(own) or [own],
         }
+
+
+def _from_first(call: Callable[[], Result]) -> Result:
+    """What a call gives in the first of several processes, or the error that it raises there; the others do not call.
+
+    Raises:
+        CheckpointError: what the first one has raised.
+    """
+    outcome: Result | CheckpointError | None = None
+    if is_first():
+        try:
+            outcome = call()
+        except CheckpointError as error:
+            if not several():
+                raise
+            outcome = error
+    told: Any = broadcast_object(outcome)
+    if isinstance(told, CheckpointError):
+        raise told
+    return cast(Result, told)
 
 
 def identity_of(outer: HyperOptimizer, options: Mapping[str, Any]) -> dict[str, str]:
@@ -164,11 +224,12 @@ def identity_of(outer: HyperOptimizer, options: Mapping[str, Any]) -> dict[str, 
         found[f"parameter {name}"] = _kind(p)
     for name, p in problem.hparams.items():
         found[f"hyperparameter {name}"] = _kind(p)
+    tuned = problem.hyperparameters.names("optimizer")
     for role, optimizer in (("inner", problem.optimizer), ("outer", outer.optimizer)):
         found[f"{role} optimizer"] = type(optimizer).__name__
         for i, group in enumerate(optimizer.param_groups):
             for key, value in group.items():
-                if isinstance(value, int | float | str | tuple | None):
+                if key not in tuned and isinstance(value, int | float | str | tuple | None):
                     found[f"{key} of the {role} optimizer" + (f", group {i}" if i else "")] = repr(value)
     for role in ("training_data", "validation_data"):
         data = getattr(problem, role)
@@ -195,7 +256,16 @@ def _refuse_differences(saved: Saved, now: Mapping[str, str]) -> None:
             f"a checkpoint must be one of hyperopt_implicit.optimize, in format {_FORMAT}; {saved.path} has format "
             f"{state.get('format')!r}. Resume it with the version that wrote it, or name another folder."
         )
-    before: dict[str, str] = state["identity"]
+    before: dict[str, str] = dict(state["identity"])
+    processes = len(state["processes"])
+    if processes != world_size():
+        shares = [name for name in before if name.startswith("batches of ")]
+        now = {name: value for name, value in now.items() if name not in shares}
+        before = {name: value for name, value in before.items() if name not in shares}
+        warn(
+            f"{saved.path} was saved by {processes} processes, and there are {world_size()}: the run goes on from the "
+            "same place in each pass, but with batches that are shared out otherwise."
+        )
     names = [*before, *(name for name in now if name not in before)]
     differences = [
         f"{name} was {before.get(name, 'not there')}, now {now.get(name, 'not there')}"

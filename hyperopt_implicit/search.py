@@ -15,20 +15,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from hyperopt_implicit.argument_checks import check_list, check_seed, check_switch, checked_callbacks
+from hyperopt_implicit.argument_checks import shown as given
 from hyperopt_implicit.backend import Spec
-from hyperopt_implicit.errors import SearchError
+from hyperopt_implicit.distributed import several, world_size
+from hyperopt_implicit.errors import DistributedError, SearchError
 from hyperopt_implicit.guarded_step import check_policy
 from hyperopt_implicit.history import Result
 from hyperopt_implicit.interrupts import Interrupt, listening
 from hyperopt_implicit.kept_trials import KeptTrials
 from hyperopt_implicit.knob_space import Builder, KnobSpace
-from hyperopt_implicit.messages import first_line, nearest, warn
+from hyperopt_implicit.messages import nearest, warn
 from hyperopt_implicit.optimize import optimize
 from hyperopt_implicit.places import counted
 from hyperopt_implicit.prepared_run import check_options
 from hyperopt_implicit.reporting import Pace
 from hyperopt_implicit.search_record import SearchRecord
-from hyperopt_implicit.storages import is_storages, shown
+from hyperopt_implicit.storages import cause, is_storages, shown, without_secrets
 from hyperopt_implicit.studies import (
     DEFAULT_STORAGE,
     Plan,
@@ -40,6 +43,7 @@ from hyperopt_implicit.studies import (
 )
 from hyperopt_implicit.telling import FAILURES, OBJECTIVES, Objective, Teller, front
 from hyperopt_implicit.tracking import Tracking, resolve
+from hyperopt_implicit.trial_checkpoints import TrialCheckpoints
 from hyperopt_implicit.trials import TrialPlan, TrialRunner
 from hyperopt_implicit.workers import claim, give_back, reclaim
 
@@ -175,12 +179,31 @@ def search(
         >>> list(found.best_knobs), len(found.study.trials)
         (['inner_lr'], 3)
     """
+    if several():
+        raise DistributedError(
+            "a search has workers that know nothing of each other, each with trials of its own; this process is among "
+            f"the {world_size()} of a torch.distributed group. Call search without a group: processes that torchrun "
+            "starts share a study's trials by its storage."
+        )
     options = {"keep_best_model": True, **options}
+    if study_name is not None and not isinstance(study_name, str):
+        raise SearchError(f"study_name must be a text, or None; got {given(study_name)}.")
+    if isinstance(artifacts, str) and "\x00" in artifacts:
+        raise SearchError(f"artifacts must be the path of a folder, or an artifact store; got {given(artifacts)}.")
+    if on_trial is not None and not callable(on_trial):
+        raise SearchError(f"on_trial must be a function of a trial, or None; got {given(on_trial)}.")
+    if not all(isinstance(each, type) and issubclass(each, Exception) for each in _listed("catch", catch)):
+        raise SearchError(f"catch must be a list of exceptions' classes; got {given(catch)}.")
+    for name, switch in (("warm_start_hyperparameters", warm_start_hyperparameters), ("compile", compile)):
+        check_switch(name, switch)
+    check_seed(seed, or_none=True)
+    checked_callbacks(options.get("callbacks", ()))
+    checkpoint_every = options.pop("checkpoint_every", None)
     _check_numbers(n_trials, timeout, population, report_every)
     inspect.signature(optimize).bind(builder, **options)
     check_options(options)
     check_policy(options.get("clip"), options.get("on_failure", "warn"))
-    minimised, bounded = _objectives(objectives), dict(constraints or {})
+    minimised, bounded = _objectives(objectives), _constraints(constraints)
     space = KnobSpace.of(builder, backend)
     settings = {"backend": str(space.fixed), "seed": str(seed)}
     settings |= {name: str(x) for name, x in options.items() if isinstance(x, int | float | str | None)}
@@ -193,7 +216,8 @@ def search(
     study, created = begin_or_continue(
         agreed, kept_in, study_name, sampler_of(sampler, seed), pruner_of(pruner, outer_steps)
     )
-    teller = Teller(study, minimised, bounded, failures, KeptTrials(study, artifacts, storage))
+    kept = KeptTrials(study, artifacts, storage)
+    teller = Teller(study, minimised, bounded, failures, kept)
     described = {
         "n_trials": n_trials,
         "sampler": name_of(study.sampler),
@@ -211,6 +235,7 @@ def search(
         options=options,
         catch=failures,
         nested=record.nested,
+        checkpoints=TrialCheckpoints(study, kept.beside, checkpoint_every),
         warm_start=warm_start_hyperparameters,
         vectorise="auto" if population == "auto" else "always",
         compile=compile,
@@ -230,9 +255,10 @@ def search(
             record.end(error)
             if is_storages(error):
                 raise SearchError(
-                    f"the storage {shown(storage)!r} no longer takes what a search has to tell ({first_line(error)}). "
-                    "What it has is kept; the same search goes on with it once it is there again."
-                ) from error
+                    f"the storage {shown(storage)!r} no longer takes what a search has to tell "
+                    f"({without_secrets(error, storage)}). What it has is kept; the same search goes on with it once "
+                    "it is there again."
+                ) from cause(error, storage)
             raise
         record.end(best=teller.best)
     return found
@@ -302,9 +328,28 @@ def _result(teller: Teller, record: SearchRecord) -> SearchResult:
     )
 
 
+def _listed(name: str, value: Any) -> Sequence[Any]:
+    check_list(name, value, "them", SearchError)
+    return value  # type: ignore[no-any-return]
+
+
+def _constraints(constraints: Any) -> dict[str, Objective]:
+    rule = "constraints must be a dict of functions of a trial's Result by name"
+    if constraints is not None and not isinstance(constraints, Mapping):
+        raise SearchError(f"{rule}; got {given(constraints)}.")
+    found = dict(constraints or {})
+    for name, each in found.items():
+        if not isinstance(name, str) or not callable(each):
+            raise SearchError(f"{rule}; under {name!r} it has {given(each)}.")
+    return found
+
+
 def _objectives(objectives: Sequence[str | Objective]) -> dict[str, Objective]:
     found: dict[str, Objective] = {}
-    for each in [objectives] if isinstance(objectives, str) or callable(objectives) else objectives:
+    is_one = isinstance(objectives, str) or callable(objectives)
+    for each in [objectives] if is_one else _listed("objectives", objectives):
+        if not isinstance(each, str) and not callable(each):
+            raise SearchError(f"an objective must be a name, or a function of a trial's Result; got {given(each)}.")
         if isinstance(each, str) and each not in OBJECTIVES:
             raise SearchError(
                 f"an objective must be one of {', '.join(OBJECTIVES)}, or a function of a trial's Result; got "

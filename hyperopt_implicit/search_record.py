@@ -9,13 +9,15 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hyperopt_implicit.credentials import without_credentials
+from hyperopt_implicit.messages import warn
 from hyperopt_implicit.places import is_lost, visible_trials
 from hyperopt_implicit.run_record import figures_of, source_of, source_tags, versions
-from hyperopt_implicit.servers import without_password
 from hyperopt_implicit.telling import front, objective_names
 from hyperopt_implicit.tracking import Tracker, Tracking
 
@@ -40,10 +42,6 @@ class SearchRecord:
         space: its knobs.
         described: further params.
         config: where and how; None tracks nothing.
-
-    Attributes:
-        run_id: of the run.
-        run_link: where to look at it.
     """
 
     def __init__(
@@ -51,27 +49,44 @@ class SearchRecord:
     ) -> None:
         self._study, self._config = study, config
         self._figures = config is not None and config.figures
-        key = "" if config is None else f"mlflow:{without_password(config.resolved_uri)}"
+        key = "" if config is None else f"mlflow:{without_credentials(config.resolved_uri)}"
         begun = None if config is None else _begun(study, key, wait=not created)
+        self._key, self._begun = key, begun
+        self._unsent: list[str] = []  # of the trials, in words
         params = {"study": study.study_name, **described, **versions()}
         params |= {f"knob.{name}": each for name, each in space.distributions.items()}
         tags = {**source_tags(source_of(space.builder)), "search": study.study_name}
         named = None if config is None else replace(config, run_name=config.run_name or study.study_name)
         self._tracker = Tracker(named, params, tags, resume=begun)
-        self.run_id, self.run_link = self._tracker.run_id, self._tracker.run_link
-        if self.run_id is not None and self.run_id != begun:
-            study.set_user_attr(key, self.run_id)
+        self._remember()
+
+    @property
+    def run_id(self) -> str | None:
+        """Of the run; None while no server was reached."""
+        return self._tracker.run_id
+
+    @property
+    def run_link(self) -> str | None:
+        """Where to look at it."""
+        return self._tracker.run_link
+
+    def _remember(self) -> None:
+        """Have the study know its run, for those who go on with it."""
+        if self._config is not None and self.run_id is not None and self.run_id != self._begun:
+            self._begun = self.run_id
+            self._study.set_user_attr(self._key, self.run_id)
 
     def nested(self, trial: Trial) -> Tracking | bool:
-        """The tracking of a trial's own run, beneath this one; none where this one could not be begun."""
-        if self._config is None or self.run_id is None:
+        """The tracking of a trial's own run, beneath this one, or beside it while this one could not be begun."""
+        if self._config is None:
             return False
         return replace(
             self._config,
+            _note=self._unsent.append,
             run_name=f"{self._config.run_name or 'trial'}-{trial.number}",
             parent_run_id=self.run_id,
             figures=False,
-            tags={**self._config.tags, _TRIAL: str(trial.number)},
+            tags={**self._config.tags, _TRIAL: str(trial.number), "study": self._study.study_name},
             params={
                 **self._config.params,
                 "trial": trial.number,
@@ -83,6 +98,7 @@ class SearchRecord:
         """Take the outcome of a trial."""
         if self._config is None:
             return
+        self._remember()
         names = objective_names(self._study)
         values = dict(zip(names, trial.values or [math.nan] * len(names), strict=True))
         metrics = {f"search/{name}": value for name, value in values.items()}
@@ -112,6 +128,11 @@ class SearchRecord:
             self._tracker.end(error)
         else:
             self._tracker.leave()
+        if self._unsent:
+            more = f" ({len(self._unsent)} trials in all)" if len(self._unsent) > 1 else ""
+            warn(f"MLflow tracking: of a trial, {self._unsent[0]}{more}. The search itself is not affected.")
+        with suppress(Exception):  # a storage that has gone
+            self._remember()
 
     def _log_study(self, best: tuple[int, Result] | None) -> bool:
         """Take what the study has come to; whether no trial runs any more."""
@@ -162,7 +183,7 @@ def _row(study: Study, trial: FrozenTrial) -> dict[str, Any]:
         **dict(zip(names, trial.values or [None] * len(names), strict=True)),
         **{f"knob.{name}": value for name, value in trial.params.items()},
         **{f"constraint.{name}": value for name, value in trial.constraints.items()},
-        "seconds": trial.duration.total_seconds() if trial.duration is not None else None,
+        "seconds": max(0.0, trial.duration.total_seconds()) if trial.duration is not None else None,
         "run_id": trial.user_attrs.get("run_id"),
         "failure": trial.user_attrs.get("failure"),
     }

@@ -14,7 +14,9 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-_HIDDEN = re.compile(r"([?&](?:password|passwd|pwd|sslpassword)=)[^&]*", re.IGNORECASE)
+# parts of the keys of a query that are not to be shown; the last holds a whole connection string
+_SECRET = "pass|pwd|secret|token|credential|api_?key|odbc_connect"  # nosec B105 # none of these is one
+_HIDDEN = re.compile(rf"([?&;][^=&?;]*(?:{_SECRET})[^=&?;]*=)[^&]*", re.IGNORECASE)
 
 
 def within(seconds: float, call: Callable[[], T]) -> T:
@@ -49,7 +51,7 @@ def alone(name: str, seconds: float) -> AbstractContextManager[object]:
 
 
 def without_password(uri: str) -> str:
-    """A URI that can be shown.
+    """A URI that can be shown, well formed or not.
 
     Example:
         >>> from hyperopt_implicit.servers import without_password
@@ -57,7 +59,23 @@ def without_password(uri: str) -> str:
         'postgresql://anna:***@db.example.org/studies?password=***'
     """
     text = _HIDDEN.sub(r"\1***", uri)
-    if text.partition("://")[0].partition("+")[0] in ("sqlite", "journal", "file"):
+    scheme, mark, rest = text.partition("://")
+    if not mark:  # with a slash too few, or no scheme at all
+        scheme, rest = "", text
+    if rest.startswith("/") and scheme.partition("+")[0] in ("sqlite", "journal", "file"):
         return text
     # up to the last @: a password may hold what should have been escaped in it
-    return re.sub(r"(://[^/@:]*):.*@", r"\1:***@", text, flags=re.DOTALL)
+    user, at, place = rest.rpartition("@")
+    name, colon, _ = user.partition(":")
+    return f"{scheme}{mark}{name}:***@{place}" if at and colon else text
+
+
+def is_secret(key: str) -> bool:
+    """Whether what a URI's query has under a key is not to be shown.
+
+    Example:
+        >>> from hyperopt_implicit.servers import is_secret
+        >>> is_secret("sslpassword"), is_secret("connect_timeout")
+        (True, False)
+    """
+    return re.search(_SECRET, key, re.IGNORECASE) is not None

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hyperopt_implicit.credentials import censored
 from hyperopt_implicit.errors import SearchError
 from hyperopt_implicit.messages import first_line
 from hyperopt_implicit.servers import within
@@ -205,7 +206,7 @@ def _look(url: str | URL, connect_args: dict[str, Any], check: str | None) -> tu
         if tables >= _OPTUNAS:
             made_by = connection.execute(text("SELECT library_version FROM version_info")).scalar()
             if _REVISIONS in tables:
-                revision = connection.execute(text(f"SELECT version_num FROM {_REVISIONS}")).scalar()
+                revision = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
     return tables, made_by, revision
 
 
@@ -241,7 +242,8 @@ def _some(tables: Iterable[str]) -> str:
     return f"the table{'s' if len(names) > 1 else ''} {', '.join(names[:5])}{more}"
 
 
-def reason(error: BaseException, secret: str | None = None) -> str:
-    """An error in a line, without the class and the link that SQLAlchemy puts around it, and without a password."""
-    line = first_line(getattr(error, "orig", None) or error)
-    return line.replace(secret, "***") if secret else line
+def reason(error: BaseException, uri: str = "") -> str:
+    """An error in a line, without the class and the link that SQLAlchemy puts around it, and the secrets of a URI."""
+    inner = getattr(error, "orig", None) or error
+    text = censored(str(inner), uri) if uri else str(inner)
+    return first_line(Exception(text)) if text.strip() else type(inner).__name__  # shortened last: a half is told, too

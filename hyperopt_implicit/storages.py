@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import finalize
 
+from hyperopt_implicit.argument_checks import shown as given
+from hyperopt_implicit.credentials import censored
 from hyperopt_implicit.errors import SearchError
 from hyperopt_implicit.messages import nearest
 from hyperopt_implicit.optuna_warnings import accepting_experimental
@@ -83,11 +85,13 @@ def open_storage(storage: str | BaseStorage | None, *, must_exist: bool = False)
 postgresql://USER@HOST/DATABASE, mysql://USER@HOST/DATABASE, grpc://HOST:PORT; got 'postgres://localhost/studies'. \
 Did you mean 'postgresql'?
     """
-    from optuna.storages import InMemoryStorage
+    from optuna.storages import BaseStorage, InMemoryStorage
 
     if storage is None:
         return InMemoryStorage()
     if not isinstance(storage, str):
+        if not isinstance(storage, BaseStorage):
+            raise SearchError(f"a storage must be a URL, an object of optuna.storages, or None; got {given(storage)}.")
         return storage
     scheme = storage.partition("://")[0]
     try:
@@ -100,8 +104,8 @@ Did you mean 'postgresql'?
         raise
     except Exception as error:  # whatever a driver or a damaged file answers
         raise SearchError(
-            f"the storage {shown(storage)!r} cannot be used: {reason(error, _password(storage))}. Nothing was changed."
-        ) from error
+            f"the storage {shown(storage)!r} cannot be used: {reason(error, storage)}. Nothing was changed."
+        ) from cause(error, storage)
 
 
 def shown(storage: str | BaseStorage | None) -> str:
@@ -123,9 +127,36 @@ def shown(storage: str | BaseStorage | None) -> str:
     if storage is None:
         return "memory"
     if not isinstance(storage, str):
-        url = getattr(getattr(storage, "_backend", storage), "url", None)  # Optuna caches what a database holds
-        return shown(url) if isinstance(url, str) else type(storage).__name__
+        return shown(_url_of(storage)) if _url_of(storage) else type(storage).__name__
     return without_password(storage)
+
+
+def without_secrets(error: BaseException, storage: str | BaseStorage | None) -> str:
+    """An error of a storage in a line, as it can be printed and kept: without what opens the storage."""
+    return reason(error, _url_of(storage))
+
+
+def without_secrets_of(storage: str | BaseStorage | None, text: str) -> str:
+    """A text that others have written, without what opens a storage."""
+    url = _url_of(storage)
+    return censored(text, url) if url else text
+
+
+def cause(error: BaseException, storage: str | BaseStorage | None) -> BaseException | None:
+    """An error of a storage, to be named as the cause of another; None where a traceback would show a secret."""
+    url, each = _url_of(storage), error
+    while url and each is not None:
+        if censored(str(each), url) != str(each):
+            return None
+        each = each.__cause__ or each.__context__  # type: ignore[assignment]
+    return error
+
+
+def _url_of(storage: str | BaseStorage | None) -> str:
+    if isinstance(storage, str):
+        return storage
+    url = getattr(getattr(storage, "_backend", storage), "url", None)  # Optuna caches what a database holds
+    return url if isinstance(url, str) else ""
 
 
 def is_storages(error: BaseException) -> bool:
@@ -135,11 +166,6 @@ def is_storages(error: BaseException) -> bool:
 
     lost = isinstance(error, KeyError) and "Record does not exist" in str(error)
     return lost or isinstance(error, StorageInternalError | OperationalError)
-
-
-def _password(storage: str) -> str | None:
-    found = re.search(r"://[^/@:]*:(.*)@", storage, re.DOTALL)
-    return found[1] if found and found[1] else None
 
 
 def _missing(storage: str) -> SearchError:
@@ -152,7 +178,7 @@ def _file_of(storage: str) -> Path:
         scheme = storage.partition(":")[0]
         raise SearchError(
             f"a {scheme} storage is written {SCHEMES[scheme]}, with a fourth slash where the path is absolute; got "
-            f"{storage!r}."
+            f"{shown(storage)!r}."
         )
     return Path(name).absolute()
 
@@ -193,6 +219,11 @@ def _open_database(storage: str, must_exist: bool) -> BaseStorage:
         ) from None
     except ImportError:
         pass  # its driver, which is asked for below
+    if "@" in (url.host or ""):  # half of the password, which is not to be told as a host that cannot be reached
+        raise SearchError(
+            f"a user name and a password in a URL are escaped where they hold any of @ : / ? # [ ] or a space; in "
+            f"{shown(storage)!r} they are not. Write them as urllib.parse.quote(password, safe='') gives them."
+        )
     if kind == "sqlite":
         return _open_sqlite(storage, url, must_exist)
     url = _with_driver(url)

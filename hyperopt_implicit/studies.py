@@ -13,11 +13,12 @@ from datetime import datetime
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from hyperopt_implicit.argument_checks import shown as given_as
 from hyperopt_implicit.errors import SearchError
 from hyperopt_implicit.messages import first_line, nearest, warn
 from hyperopt_implicit.optuna_warnings import accepting_experimental
 from hyperopt_implicit.places import place_of
-from hyperopt_implicit.storages import open_storage, shown
+from hyperopt_implicit.storages import cause, open_storage, shown, without_secrets
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -96,7 +97,7 @@ def refuse_another(plan: Plan, storage: str | BaseStorage | None, name: str | No
     except KeyError:
         return kept
     except Exception as error:  # whatever the storage's driver raises
-        raise unusable(storage, error) from error
+        raise unusable(storage, error) from cause(error, storage)
     if study is not None:
         _check_same(study, before, plan.described)
     return kept
@@ -142,7 +143,7 @@ def begin_or_continue(
     except SearchError:
         raise
     except Exception as error:  # whatever the storage's driver raises
-        raise unusable(kept, error) from error
+        raise unusable(kept, error) from cause(error, kept)
 
 
 def open_study(name: str, storage: str | BaseStorage | None) -> Study:
@@ -154,6 +155,8 @@ def open_study(name: str, storage: str | BaseStorage | None) -> Study:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if not isinstance(name, str):
+        raise SearchError(f"the name of a study must be a text; got {given_as(name)}.")
     kept = open_storage(storage, must_exist=True)
     try:
         return optuna.load_study(storage=kept, study_name=name)
@@ -168,8 +171,8 @@ def open_study(name: str, storage: str | BaseStorage | None) -> Study:
 def unusable(storage: str | BaseStorage | None, error: BaseException) -> SearchError:
     """What to say where a storage's driver has raised."""
     return SearchError(
-        f"the study cannot be kept in {shown(storage)!r}: {first_line(error)}. Choose another storage; nothing was "
-        "changed."
+        f"the study cannot be kept in {shown(storage)!r}: {without_secrets(error, storage)}. Choose another storage; "
+        "nothing was changed."
     )
 
 
@@ -233,7 +236,7 @@ def sampler_of(sampler: str | BaseSampler | None, seed: int | None) -> BaseSampl
     import optuna
 
     if sampler is not None and not isinstance(sampler, str):
-        return sampler
+        return _of("sampler", sampler, optuna.samplers.BaseSampler)  # type: ignore[no-any-return]
     if sampler == "cmaes" and find_spec("cmaes") is None:
         raise SearchError("sampler 'cmaes' needs the package cmaes: `pip install cmaes`.")
     kind = getattr(optuna.samplers, _known("sampler", sampler or "tpe", SAMPLERS))
@@ -245,11 +248,11 @@ def sampler_of(sampler: str | BaseSampler | None, seed: int | None) -> BaseSampl
     try:
         if seed is None:
             return make()
-        make(seed=seed)
+        make(seed=0)
     except ImportError as error:
         raise SearchError(f"sampler {sampler!r} cannot be used: {first_line(error)}") from error
     if sampler == "qmc":
-        return make(seed=seed)
+        return make(seed=seed % 2**32)
     return _seeded_by_trial(lambda place: make(seed=_mixed(seed, place)))
 
 
@@ -262,13 +265,19 @@ def pruner_of(pruner: str | BasePruner | None, outer_steps: int) -> BasePruner:
     import optuna
 
     if pruner is not None and not isinstance(pruner, str):
-        return pruner
+        return _of("pruner", pruner, optuna.pruners.BasePruner)  # type: ignore[no-any-return]
     name = _known("pruner", pruner or "median", PRUNERS)
     if name == "MedianPruner":
         return optuna.pruners.MedianPruner(n_warmup_steps=_WARMUP_STEPS)
     if name == "HyperbandPruner":
         return optuna.pruners.HyperbandPruner(min_resource=min(_WARMUP_STEPS, outer_steps), max_resource=outer_steps)
     return getattr(optuna.pruners, name)()  # type: ignore[no-any-return]
+
+
+def _of(what: str, given: Any, kind: type) -> Any:
+    if not isinstance(given, kind):
+        raise SearchError(f"{what} must be a name, or an object of optuna.{what}s; got {given_as(given)}.")
+    return given
 
 
 def _known(what: str, name: str, names: Mapping[str, str]) -> str:

@@ -19,6 +19,8 @@ from torch.utils import _pytree as pytree
 from hyperopt_implicit.backend import State, Status
 from hyperopt_implicit.conjugate_gradients import Iterations, conjugate_gradients
 from hyperopt_implicit.data import number_of_batches
+from hyperopt_implicit.distributed import agree, summed
+from hyperopt_implicit.micro_batches import all_parts
 from hyperopt_implicit.operators import Damped, LinearOperator, gradients, mean_training_loss
 from hyperopt_implicit.randomness import random_states
 from hyperopt_implicit.spectrum import lanczos
@@ -78,6 +80,7 @@ def time_gradient(
     before = random_states(problem.device)
     clock(gradient)
     drew = any(not torch.equal(x, y) for x, y in zip(before, random_states(problem.device), strict=False))
+    (drew,) = agree(any_=[drew])
     times = [clock.seconds]
     for _ in range(repeats - 1):
         clock(gradient)
@@ -178,11 +181,14 @@ def has_more_batches(problem: BilevelProblem, training_batches: Sequence[Any]) -
     """
     data = problem.training_data
     count = None if data is None else number_of_batches(data)
-    return data is not None and (not count or len(training_batches) % count != 0)
+    return data is not None and (not count or len(all_parts(training_batches)) % count != 0)
 
 
 def fingerprint(batches: Any) -> list[float]:
-    """A few numbers that tell batches apart: of each tensor its size, and a weighted sum of some of its entries."""
+    """A few numbers that tell batches apart: of each tensor its size, and a weighted sum of some of its entries.
+
+    Among several processes, the sums over their shares; so for :func:`contents`.
+    """
     found: list[float] = []
     sums: list[Tensor] = []
     for leaf in _leaves(batches):
@@ -195,7 +201,7 @@ def fingerprint(batches: Any) -> list[float]:
             found.append(float(leaf.numel()))
         elif isinstance(leaf, int | float | str | bytes):
             found.append(_number(leaf))
-    return found + (torch.stack(sums).tolist() if sums else [])
+    return summed(found + (torch.stack(sums).tolist() if sums else []))
 
 
 def contents(batches: Any) -> list[float]:
@@ -213,7 +219,7 @@ def contents(batches: Any) -> list[float]:
         elif isinstance(leaf, int | float | str | bytes):
             others.append(_number(leaf))
     sums = torch.stack(found).tolist() if found else []
-    return [*sums, float(len(others)), math.fsum(others), math.fsum(x * x for x in others)]
+    return summed([*sums, float(len(others)), math.fsum(others), math.fsum(x * x for x in others)])
 
 
 def alike(x: Sequence[float], y: Sequence[float]) -> bool:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hyperopt_implicit.errors import HypergradientError, LossError
+from hyperopt_implicit.argument_checks import shown
+from hyperopt_implicit.backend import Status
+from hyperopt_implicit.errors import HypergradientError, LossError, SearchError
 from hyperopt_implicit.history import Result
 from hyperopt_implicit.kept_trials import KeptTrials, TrialState
 from hyperopt_implicit.messages import warn
 from hyperopt_implicit.optuna_warnings import accepting_experimental
 from hyperopt_implicit.places import FAILURE
+from hyperopt_implicit.storages import without_secrets_of
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -96,9 +99,9 @@ class Teller:
         """Tell that a trial has failed, and why."""
         from optuna.trial import TrialState as State
 
-        trial.set_user_attr(FAILURE, reason_of(error))
+        trial.set_user_attr(FAILURE, without_secrets_of(self.study._storage, reason_of(error)))
         self._end(trial, State.FAIL)
-        self.failures.append(f"trial {trial.number}: {error}")
+        self.failures.append(f"trial {trial.number}: {without_secrets_of(self.study._storage, str(error))}")
 
     def _complete(self, trial: Trial, values: list[float], is_allowed: bool, result: Result, seed: int | None) -> None:
         """Tell the values of a trial, and keep its model if it is among the best."""
@@ -157,6 +160,13 @@ def reason_of(error: BaseException) -> str:
     return str(error) if isinstance(error, LossError | HypergradientError) else f"{type(error).__name__}: {error}"
 
 
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise SearchError(f"{name!r} must give one number for a trial's Result; it gave {shown(value)}.") from error
+
+
 def _values(functions: Mapping[str, Objective], result: Result) -> dict[str, float]:
     """The values of a result.
 
@@ -164,11 +174,12 @@ def _values(functions: Mapping[str, Objective], result: Result) -> dict[str, flo
         LossError: one is not finite, or training came to nothing.
     """
     if result.stop_reason == "too many failed steps":
+        full = result.history[-1].status is Status.OUT_OF_MEMORY
         raise LossError(
-            f"training ended at outer step {len(result.history) - 1}: a loss or a gradient was not finite, too many "
-            "times in a row"
+            f"training ended at outer step {len(result.history) - 1}: "
+            f"{'memory ran out' if full else 'a loss or a gradient was not finite'}, too many times in a row"
         )
-    values = {name: float(function(result)) for name, function in functions.items()}
+    values = {name: _number(name, function(result)) for name, function in functions.items()}
     for name, value in values.items():
         if not math.isfinite(value):
             raise LossError(

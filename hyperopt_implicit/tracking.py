@@ -1,28 +1,26 @@
-"""MLflow: runs, nested runs and what goes into them. The only file that imports mlflow.
+"""Tracking: runs, nested runs and what goes into them.
 
 What is said about a run is in ``run_record.py``; the buffer that keeps a slow server from holding up a run, in
-``sender.py``.
+``sender.py``; MLflow itself, in ``mlflow_run.py``.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
-import logging
-import math
+import hashlib
 import os
 import re
-import socket
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from hyperopt_implicit.credentials import censored
+from hyperopt_implicit.distributed import is_first
 from hyperopt_implicit.errors import HyperoptError
-from hyperopt_implicit.messages import first_line
+from hyperopt_implicit.local_copy import LocalCopy, WriteFiles
+from hyperopt_implicit.mlflow_run import SQLITE, MlflowRun
 from hyperopt_implicit.run_record import (
     description_of,
     files_of,
@@ -32,8 +30,7 @@ from hyperopt_implicit.run_record import (
     source_tags,
     summary_of,
 )
-from hyperopt_implicit.sender import MetricRecord, Sender, WriteFiles
-from hyperopt_implicit.servers import alone, within, without_password
+from hyperopt_implicit.sender import Sender
 
 if TYPE_CHECKING:
     from hyperopt_implicit.backend import Backend
@@ -42,14 +39,12 @@ if TYPE_CHECKING:
     from hyperopt_implicit.report import Report
 
 DEFAULT_URI = "sqlite:///mlflow.db"
-_SQLITE = "sqlite:///"
 MODEL_TRAINING_VIEW = "?workflowType=machine_learning"  # without it the UI opens on its GenAI pages
 _REFUSED = re.compile(r"[^/\w.\- :]")
-_METRICS_A_CALL = 1000  # MLflow's limits
-_PARAMS_A_CALL = 100
-_PARAM_LENGTH = 6000
-_CONNECT_SECONDS = 2.0
-_START_SECONDS = 60.0  # a new database takes ten of them
+_LEADING = re.compile(r"^(\.\.+|\.$)")  # the parts of a path that are a folder above, or the same one
+_NAME_LENGTH = 250  # MLflow's limit
+_START_SECONDS = 5.0  # more would hold up a run that goes as well without
+_DATABASE_SECONDS = 60.0  # a new one is made by this process, or by one beside it, and takes ten of them
 
 
 @dataclass(frozen=True)
@@ -81,13 +76,14 @@ class Tracking:
     figures: bool = True
     system_metrics: bool = True
     local_copy: str = "unsent_mlflow"
+    _note: Callable[[str], None] | None = field(default=None, repr=False, compare=False)  # instead of warnings
 
     @property
     def resolved_uri(self) -> str:
         """The tracking URI that will be used; a file by its full path, since MLflow keeps stores open by URI."""
         uri = self.uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
-        file = uri.removeprefix(_SQLITE)
-        return uri if file in (uri, "", ":memory:") else f"{_SQLITE}{Path(file).absolute()}"
+        file = uri.removeprefix(SQLITE)
+        return uri if file in (uri, "", ":memory:") else f"{SQLITE}{Path(file).absolute()}"
 
     @property
     def resolved_experiment(self) -> str:
@@ -98,19 +94,17 @@ class Tracking:
 class Tracker:
     """One MLflow run, or none at all.
 
-    The run begins when the tracker is made; where that fails, the run that is tracked goes on with a warning, and all
-    that would have been sent ends in a file.
+    The run begins on a thread of its own, whose first attempt is waited for; where that fails, it is tried again for as
+    long as the run goes on that is tracked, and what could not be sent by its end is in a file then.
 
     Args:
         config: where and how; None tracks nothing.
         params: logged once, as MLflow's params.
         tags: the run's tags.
-        resume: the id of a run to go on with, whose params are not logged again; a new one begins where it is not
+        resume: the id of a run to go on with, where what is there is not logged again; a new one begins where it is not
             there any more.
-
-    Attributes:
-        run_id: None where nothing is tracked, or the server could not be reached at the start.
-        run_link: where to look at the run.
+        patience: how many seconds to wait here for the first attempt; some for a server, more for a database, which
+            may have to be made first.
     """
 
     def __init__(
@@ -119,31 +113,37 @@ class Tracker:
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, str] | None = None,
         resume: str | None = None,
+        patience: float | None = None,
     ) -> None:
-        self.run_id: str | None = None
-        self.run_link: str | None = None
         self._sender: Sender | None = None
-        self._receiver: _MlflowRun | None = None
-        self._monitor: Any = None
+        self._run: MlflowRun | None = None
         if config is None:
             return
         self._config = config
-        tags = {**(tags or {}), **config.tags}
-        receiver, failure = None, None
-        try:
-            with _alone(config.resolved_uri):
-                receiver = within(_START_SECONDS, lambda: _MlflowRun(config, tags, resume))
-            self._receiver, self.run_id = receiver, receiver.run_id
-            self.run_link = run_link(config.resolved_uri, receiver.experiment_id, receiver.run_id)
-        except Exception as error:  # tracking must not cost the run anything, whatever a server or database answers
-            failure = f"{without_password(config.resolved_uri)} could not be used ({first_line(error)})"
-        name = self.run_id or uuid.uuid4().hex
-        header = {"run_id": self.run_id, "experiment": config.resolved_experiment, "tags": tags}
-        self._sender = Sender(receiver, failure, header, Path(config.local_copy, f"{name}.jsonl"))
-        if self.run_id is None or self.run_id != resume:
-            self._sender.put_params({key: str(value) for key, value in {**(params or {}), **config.params}.items()})
-        if self.run_id is not None and config.system_metrics and importlib.util.find_spec("psutil"):
-            self._monitor = _system_monitor(self.run_id, config.resolved_uri)
+        self._tags = {**(tags or {}), **config.tags}
+        if patience is None:
+            patience = _START_SECONDS if config.resolved_uri.startswith("http") else _DATABASE_SECONDS
+        self._run = MlflowRun(config, self._tags, resume)
+        copy = LocalCopy(Path(config.local_copy))
+        self._sender = Sender(self._run, self._described, copy, patience=patience, note=config._note)
+        named = {_accepted(key): str(value) for key, value in {**(params or {}), **config.params}.items()}
+        self._sender.put_params(named)
+
+    @property
+    def run_id(self) -> str | None:
+        """None where nothing is tracked, or no server was reached yet; that of a run to go on with is always known."""
+        return None if self._run is None else self._run.run_id
+
+    @property
+    def run_link(self) -> str | None:
+        """Where to look at the run, once a server was reached."""
+        run = self._run
+        if run is None or run.experiment_id is None or run.run_id is None:
+            return None
+        return run_link(self._config.resolved_uri, run.experiment_id, run.run_id)
+
+    def _described(self) -> dict[str, Any]:
+        return {"run_id": self.run_id, "experiment": self._config.resolved_experiment, "tags": self._tags}
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Take metrics; returns at once. A character that MLflow takes in no name (such as %) becomes an underscore."""
@@ -161,37 +161,45 @@ class Tracker:
 
     def set_tag(self, name: str, value: str) -> None:
         if self._sender is not None:
-            self._sender.put_tags({name: value})
+            self._sender.put_tags({name: censored(value, self._config.resolved_uri)})
 
     def kill_nested(self, tag: str, values: Sequence[str]) -> None:
         """End the nested runs with one of these values of a tag as killed: nobody else ends them any more."""
-        if self._sender is not None and self._receiver is not None and values:
-            self._sender.put_job(functools.partial(self._receiver.kill_nested, tag, values))
+        if self._sender is not None and self._run is not None and values:
+            self._sender.put_job(functools.partial(self._run.kill_nested, tag, values))
 
     def leave(self) -> None:
         """Send what is left, and let the run go on: others log to it."""
-        if self._sender is not None:
-            self._finish_monitor()
-            self._sender.close(None)
+        self._close(None)
+
+    def interrupt(self) -> None:
+        """Send what is left and mark the run as killed; it may be gone on with."""
+        self._close("KILLED")
 
     def end(self, error: BaseException | None = None) -> None:
         """Send what is left and end the run: finished, killed by Ctrl-C, or failed."""
-        if self._sender is None:
-            return
-        self._finish_monitor()
         if error is not None:
             self.set_tag("error", f"{type(error).__name__}: {error}")
-        self._sender.close(
-            "FINISHED" if error is None else "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-        )
+        self._close("FINISHED" if error is None else "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
 
-    def _finish_monitor(self) -> None:
-        if self._sender is not None and self._monitor is not None:
-            self._sender.put_job(_quiet()(self._monitor.finish))
+    def _close(self, status: str | None) -> None:
+        if self._sender is not None and self._run is not None:
+            self._sender.put_job(self._run.finish_monitor)
+            self._sender.close(status)
 
 
 class RunTracker(Tracker):
-    """The MLflow run of one :func:`hyperopt_implicit.optimize`."""
+    """The MLflow run of one :func:`hyperopt_implicit.optimize`.
+
+    Args:
+        tracking: where and how.
+        problem: what is optimized.
+        backend: how.
+        options: of the run.
+        reports: what else is logged.
+        resume: the id of the run to go on with.
+        history: the outer steps that were taken before, of which those are logged that are not there.
+    """
 
     def __init__(
         self,
@@ -200,6 +208,9 @@ class RunTracker(Tracker):
         backend: Backend,
         options: Mapping[str, Any],
         reports: Sequence[Report] = (),
+        *,
+        resume: str | None = None,
+        history: Sequence[OuterStep] = (),
     ) -> None:
         self._reports = reports
         config = resolve(tracking)
@@ -207,28 +218,33 @@ class RunTracker(Tracker):
             super().__init__(None)
             return
         source = source_of(problem.loss_source())
-        super().__init__(config, {**params_of(problem, backend), **options}, source_tags(source))
-        self._config = config
+        super().__init__(config, {**params_of(problem, backend), **options}, source_tags(source), resume)
         if source is not None:
             self.log_artifact(source, "source")
+        if self._sender is not None and len(history):
+            taken = range(len(history))  # the history may grow in the meantime
+            self._sender.put_past(lambda: ((_named(metrics_of(history[i])), history[i].step) for i in taken))
 
     def log_step(self, step: OuterStep) -> None:
         """Take the record of one outer step, and what the reports saw in it; returns at once."""
-        if self._sender is not None:
-            metrics = metrics_of(step)
-            for report in self._reports:
-                metrics.update(report.metrics())
-            self.log_metrics(metrics, step.step)
-            if step.note is not None:
-                self.set_tag("backend.choice", step.note)
+        if self._sender is None:
+            return
+        metrics, reported = metrics_of(step), dict[str, float]()
+        for report in self._reports:
+            for name, value in report.metrics().items():
+                (metrics if name in metrics else reported)[name] = value
+        self.log_metrics(metrics, step.step)
+        self.log_metrics(reported, step.step)  # apart: what is known of a step in a later life has no reports
+        if step.note is not None:
+            self.set_tag("backend.choice", step.note)
 
     def close(self, result: Result, error: BaseException | None = None) -> None:
         """Log the summary, figures and final states, and end the run."""
         if self._sender is not None:
-            summary = summary_of(result)
+            summary: dict[str, float] = {}
             for report in self._reports:
                 summary.update(report.summary())
-            self.log_metrics(summary, len(result.history))
+            self.log_metrics({**summary_of(result), **summary}, len(result.history))
             self.set_tag("stop_reason", result.stop_reason)
             description = description_of(self._reports)
             if description is not None:
@@ -242,111 +258,33 @@ class RunTracker(Tracker):
         self.end(error)
 
 
+def _named(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {_accepted(name): value for name, value in metrics.items()}
+
+
 @functools.lru_cache(maxsize=10_000)
 def _accepted(name: str) -> str:
-    """A metric's name as MLflow takes it; one object for all records that have it."""
-    return _REFUSED.sub("_", name)
+    """The name of a metric or param as MLflow takes it; one object for all records that have it.
+
+    Some stores make files of names, so that a name must not lead anywhere.
+    """
+    parts = _REFUSED.sub("_", name).split("/")
+    accepted = "/".join(_LEADING.sub(lambda dots: "_" * len(dots[0]), part) or "_" for part in parts)
+    if len(accepted) <= _NAME_LENGTH:
+        return accepted
+    return f"{accepted[: _NAME_LENGTH - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def resolve(tracking: Tracking | bool) -> Tracking | None:
-    """What ``tracking=`` stands for: True is the default settings, False is none."""
+    """What ``tracking=`` stands for: True is the default settings, False is none.
+
+    Of several processes only the first one tracks.
+    """
     if isinstance(tracking, bool):
-        return Tracking() if tracking else None
+        return Tracking() if tracking and is_first() else None
     if isinstance(tracking, Tracking):
-        return tracking
+        return tracking if is_first() else None
     raise HyperoptError(f"tracking must be True, False or a Tracking(uri=…, experiment=…, …); got {tracking!r}.")
-
-
-class _MlflowRun:
-    """The receiving end: one run in an MLflow store. Any method may raise what MLflow raises."""
-
-    def __init__(self, config: Tracking, tags: Mapping[str, str], resume: str | None = None) -> None:
-        self.run_id: str
-        self.experiment_id: str
-        self._uri = config.resolved_uri
-        self.name = without_password(self._uri)
-        self.check()
-        with _quiet():
-            from mlflow import MlflowClient
-
-            self.client = MlflowClient(tracking_uri=self._uri)
-            found = None if resume is None else self._found(resume)
-            if found is not None:
-                self.run_id, self.experiment_id = found
-                self.client.update_run(self.run_id, status="RUNNING")
-                return
-            self.experiment_id = self._experiment(config.resolved_experiment)
-            parent = {} if config.parent_run_id is None else {"mlflow.parentRunId": config.parent_run_id}
-            run = self.client.create_run(self.experiment_id, run_name=config.run_name, tags={**tags, **parent})
-        self.run_id = run.info.run_id
-
-    def _found(self, run_id: str) -> tuple[str, str] | None:
-        """A run that is there and was not deleted: its id and its experiment's."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            info = self.client.get_run(run_id).info
-        except MlflowException:
-            return None
-        return (run_id, str(info.experiment_id)) if info.lifecycle_stage == "active" else None
-
-    def check(self) -> None:
-        """MLflow's own retries take minutes to find out that nobody listens; a connection attempt does not."""
-        parts = urlsplit(self._uri)
-        if parts.scheme in ("http", "https") and parts.hostname is not None:
-            port = parts.port or (443 if parts.scheme == "https" else 80)
-            socket.create_connection((parts.hostname, port), _CONNECT_SECONDS).close()
-
-    def send_metrics(self, records: list[MetricRecord]) -> int:
-        from mlflow.entities import Metric
-
-        batch: list[Any] = []
-        count = 0
-        for metrics, timestamp, step in records:
-            if count and len(batch) + len(metrics) > _METRICS_A_CALL:
-                break
-            # MLflow stores an infinity as 1.8e308, which ruins every axis; NaN it shows as a gap
-            batch += [Metric(k, v if math.isfinite(v) else math.nan, timestamp, step) for k, v in metrics.items()]
-            count += 1
-        for at in range(0, len(batch), _METRICS_A_CALL):
-            self.client.log_batch(self.run_id, metrics=batch[at : at + _METRICS_A_CALL])
-        return count
-
-    def send_params(self, params: Mapping[str, str]) -> None:
-        from mlflow.entities import Param
-
-        items = [Param(key, value[:_PARAM_LENGTH]) for key, value in params.items()]
-        for at in range(0, len(items), _PARAMS_A_CALL):
-            self.client.log_batch(self.run_id, params=items[at : at + _PARAMS_A_CALL])
-
-    def send_tags(self, tags: Mapping[str, str]) -> None:
-        for name, value in tags.items():
-            self.client.set_tag(self.run_id, name, value[:_PARAM_LENGTH])
-
-    def send_file(self, path: Path, place: str | None) -> None:
-        self.client.log_artifact(self.run_id, str(path), place)
-
-    def end(self, status: str) -> None:
-        self.client.set_terminated(self.run_id, status)
-
-    def kill_nested(self, tag: str, values: Sequence[str]) -> None:
-        with suppress(Exception):  # a run that stays open costs nobody anything
-            for value in values:
-                wanted = f"tags.`mlflow.parentRunId` = '{self.run_id}' and tags.`{tag}` = '{value}'"
-                for run in self.client.search_runs([self.experiment_id], wanted):
-                    if run.info.status in ("RUNNING", "FINISHED"):
-                        self.client.set_terminated(run.info.run_id, "KILLED")
-
-    def _experiment(self, name: str) -> str:
-        found = self.client.get_experiment_by_name(name)
-        if found is None:
-            try:
-                return str(self.client.create_experiment(name))
-            except Exception:  # another process may have created it in between
-                found = self.client.get_experiment_by_name(name)
-                if found is None:
-                    raise
-        return str(found.experiment_id)
 
 
 def run_link(uri: str, experiment_id: str, run_id: str) -> str:
@@ -355,36 +293,3 @@ def run_link(uri: str, experiment_id: str, run_id: str) -> str:
     server = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()  # a link needs no password
     base = server.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
     return f"{base}/#/experiments/{experiment_id}/runs/{run_id}{MODEL_TRAINING_VIEW}"
-
-
-def _alone(uri: str) -> AbstractContextManager[object]:
-    """One process at a time in a database file: two that create its tables at once destroy each other's work."""
-    return alone(uri, _START_SECONDS) if uri.startswith(_SQLITE) else nullcontext()
-
-
-def _system_monitor(run_id: str, uri: str) -> Any:
-    try:
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-        with _quiet():
-            monitor = SystemMetricsMonitor(run_id, tracking_uri=uri)
-            monitor.start()
-    except Exception:  # an extra that must not cost the run anything
-        return None
-    return monitor
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No chatter of MLflow and its database migrations on the terminal of somebody's training run."""
-    loggers = [
-        logging.getLogger(name) for name in ("mlflow", "mlflow.store.db.utils", "mlflow.system_metrics", "alembic")
-    ]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -213,7 +213,8 @@ class _OnDisk:
         self._last: _Layout | None = None
 
     def put(self, at: int, iterate: Iterate, random: list[Tensor]) -> None:
-        held = (iterate.params, iterate.slots, iterate.buffers, iterate.scaling, random)
+        scaling = [] if iterate.scaling is None else [iterate.scaling]
+        held = (iterate.params, iterate.slots, iterate.buffers, scaling, random)
         tensors, structure = pytree.tree_flatten(held)
         tensors = [_dense(x) for x in tensors]
         layout = [(x.size(), x.stride(), x.dtype, x.device) for x in tensors], structure
@@ -233,7 +234,7 @@ class _OnDisk:
                 file.readinto(_bytes(x))
                 tensors.append(x.to(device))
         params, slots, buffers, scaling, random = pytree.tree_unflatten(tensors, structure)
-        return Iterate(params, slots, buffers, scaling), random
+        return Iterate(params, slots, buffers, *scaling), random
 
     def pop(self, at: int) -> tuple[Iterate, list[Tensor]]:
         found = self.get(at)

@@ -73,6 +73,7 @@ def seconds_of(trial: FrozenTrial) -> str:
     if trial.datetime_start is None:
         return ""
     seconds = ((trial.datetime_complete or datetime.now()) - trial.datetime_start).total_seconds()
+    seconds = max(0.0, seconds)  # the clock may have been set back
     return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
 
 

@@ -14,13 +14,16 @@ from hyperopt_implicit.history import Result
 from hyperopt_implicit.interrupts import Interrupt
 from hyperopt_implicit.knob_space import KnobSpace
 from hyperopt_implicit.messages import warn
-from hyperopt_implicit.optimize import optimize
+from hyperopt_implicit.optimize import run_alone
 from hyperopt_implicit.places import place_of
-from hyperopt_implicit.population import optimize_population
+from hyperopt_implicit.population import run_together
+from hyperopt_implicit.prepared_run import RunOptions
 from hyperopt_implicit.problem import BilevelProblem
 from hyperopt_implicit.reporting import Pace, Reporter
+from hyperopt_implicit.storages import without_secrets_of
 from hyperopt_implicit.telling import Teller, front, reason_of
 from hyperopt_implicit.tracking import Tracking
+from hyperopt_implicit.trial_checkpoints import TrialCheckpoints
 from hyperopt_implicit.workers import give_back
 
 if TYPE_CHECKING:
@@ -41,6 +44,7 @@ class TrialPlan:
         warm_start: whether hyperparameters begin at those of the best trial.
         vectorise: how several trials are run at once: ``"always"`` or ``"auto"``.
         compile: whether their computation is compiled.
+        checkpoints: where trials are saved while they run.
     """
 
     space: KnobSpace
@@ -48,6 +52,7 @@ class TrialPlan:
     options: Mapping[str, Any]
     catch: tuple[type[Exception], ...]
     nested: Callable[[Trial], Tracking | bool]
+    checkpoints: TrialCheckpoints
     warm_start: bool = False
     vectorise: Any = "always"
     compile: bool = False
@@ -108,9 +113,10 @@ class TrialRunner:
                         failure = failure or error
             if failure is not None:
                 again = isinstance(failure, KeyboardInterrupt)
+                reason = without_secrets_of(self.study._storage, reason_of(failure))
                 for each in trials:
                     if each.number not in self.teller.told:
-                        give_back(self.study, each, reason=reason_of(failure), again=again)
+                        give_back(self.study, each, reason=reason, again=again)
                 raise failure
         return [self.teller.told[each.number] for each in trials if each.number in self.teller.told]
 
@@ -124,7 +130,7 @@ class TrialRunner:
             return None
         if plan.warm_start:
             self._start_from_best(problem)
-        reporter = Reporter(trial, self.pace, self.interrupt, prunes=len(self.study.directions) == 1)
+        reporter = Reporter(trial, self.pace, prunes=len(self.study.directions) == 1)
         return _Running(trial, problem, plan.space.backend(trial.params), seed, reporter)
 
     def _start_from_best(self, problem: BilevelProblem) -> None:
@@ -143,32 +149,37 @@ class TrialRunner:
     def _train(self, running: list[_Running]) -> None:
         """Train problems that have a backend in common, and note what came of each."""
         plan, first = self.plan, running[0]
-        options = {"progress": False, **plan.options}
-        theirs = options.pop("callbacks", ())
+        given = dict(plan.options)
+        theirs, progress = given.pop("callbacks", ()), given.pop("progress", False)
+        options = RunOptions(**given)
         if len(running) == 1:
             try:
-                first.outcome = optimize(
+                first.outcome = run_alone(
                     first.problem,
                     first.backend,
+                    options,
                     seed=first.seed,
                     callbacks=[*theirs, first.reporter],
+                    progress=progress,
                     tracking=plan.nested(first.trial),
-                    **options,
+                    keeper=plan.checkpoints.keeper(first.trial),
+                    interrupt=self.interrupt,
                 )
             except plan.catch as error:
                 first.outcome = error
             return
-        options.pop("progress")
-        found = optimize_population(
+        found = run_together(
             [each.problem for each in running],
             first.backend,
+            options,
             seeds=[each.seed for each in running],
             callbacks=[[*theirs, each.reporter] for each in running],
             tracking=[plan.nested(each.trial) for each in running],
             knobs=[each.trial.params for each in running],
             vectorise=plan.vectorise,
             compile=plan.compile,
-            **options,
+            keepers=[plan.checkpoints.keeper(each.trial) for each in running],
+            interrupt=self.interrupt,
         )
         for note in found.notes:
             self._say(note)
@@ -182,11 +193,11 @@ class TrialRunner:
         assert outcome is not None
         if isinstance(outcome, Exception) and not isinstance(outcome, self.plan.catch):
             raise outcome
-        has_ended = isinstance(outcome, Result) and outcome.stop_reason != "stopped by a callback"
-        if reporter.interrupted and not has_ended:
+        if isinstance(outcome, Result) and outcome.stop_reason == "interrupted":
             give_back(self.study, trial)
             return
         self.teller.tell(trial, outcome, running.seed, pruned=reporter.pruned)
+        self.plan.checkpoints.forget(trial)
 
     def _say(self, note: str) -> None:
         if note not in self._said:

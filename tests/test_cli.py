@@ -47,6 +47,7 @@ def test_run_takes_options_of_backend_and_loop(command: Command, monkeypatch: py
         *("run", "train.py", "-b", "neumann", "-o", "terms=7", "--option", "step_size=0.5", "-k", "lr=0.05"),
         *("--knob", "nesterov=True", "--outer-steps", "2", "--inner-steps", "3", "--warmup-steps", "4"),
         *("--outer-lr", "0.5", "--clip", "2", "--hessian-batches", "2", "--patience", "9", "--seed", "3"),
+        *("--accumulate", "2", "--inner-precision", "bfloat16"),
         *("--tracking-uri", "sqlite:///x.db", "--experiment", "mine", "--run-name", "first", "--device", "cpu"),
     )
     assert seen == {
@@ -59,6 +60,8 @@ def test_run_takes_options_of_backend_and_loop(command: Command, monkeypatch: py
         "outer_lr": 0.5,
         "clip": 2.0,
         "hessian_batches": 2,
+        "accumulate": 2,
+        "inner_precision": "bfloat16",
         "patience": 9,
         "seed": 3,
         "tracking": hi.Tracking("sqlite:///x.db", "mine", "first"),
@@ -150,14 +153,30 @@ def test_compare_shows_and_logs_every_backend(command: Command) -> None:
 
 def test_ui_serves_the_store_of_the_runs(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    called: list[list[str]] = []
-    monkeypatch.setattr(subprocess, "call", lambda each: called.append(each) or 0)
+    called: list[tuple[list[str], str]] = []
+    monkeypatch.setattr(
+        subprocess, "call", lambda each, env: called.append((each, env["MLFLOW_BACKEND_STORE_URI"])) or 0
+    )
     (command.folder / "mlflow.db").touch()
     said = command("ui", "--port", "5050")
     assert "http://127.0.0.1:5050/#/experiments?workflowType=machine_learning" in said
     store = f"sqlite:///{command.folder}/mlflow.db"
-    expected = ["server", "--backend-store-uri", store, "--host", "127.0.0.1", "--port", "5050"]
-    assert called == [[sys.executable, "-m", "mlflow", *expected]]
+    expected = ["server", "--host", "127.0.0.1", "--port", "5050"]  # nobody else's machine, unless asked for
+    assert called == [([sys.executable, "-m", "mlflow", *expected], store)]
+    command("ui", "--host", "0.0.0.0")
+    assert called[1][0][-4:] == ["--host", "0.0.0.0", "--port", "5000"]
+
+
+def test_ui_shows_no_password(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither here nor in the list of processes, which everybody on the machine can read."""
+    uri = "postgresql://me:secret@127.0.0.1/runs"
+    called: list[tuple[list[str], str]] = []
+    monkeypatch.setattr(
+        subprocess, "call", lambda each, env: called.append((each, env["MLFLOW_BACKEND_STORE_URI"])) or 0
+    )
+    assert "secret" not in command("ui", "--tracking-uri", uri)
+    assert "secret" not in " ".join(called[0][0])
+    assert called[0][1] == uri
 
 
 def test_ui_of_a_server_is_a_link(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +188,7 @@ def test_ui_of_a_server_is_a_link(command: Command, monkeypatch: pytest.MonkeyPa
 
 def test_ui_that_cannot_start(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(subprocess, "call", lambda each: 3)
+    monkeypatch.setattr(subprocess, "call", lambda each, env: 3)
     said = command("ui", code=1)
     assert said.startswith("Error: there is no store at sqlite:///")
     assert said.endswith("mlflow.db yet; log a run first, or name another with --tracking-uri.")

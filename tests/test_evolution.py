@@ -226,21 +226,6 @@ def test_seed_none_draws_from_the_global_generator():
     assert not torch.allclose(found[0], found[2])
 
 
-def test_seed_none_is_refused_in_a_distributed_run(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_available", lambda: True)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
-    Evolution(seed=None).check(shift_problem())
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
-    Evolution(seed=0).check(shift_problem())
-    with pytest.raises(hi.BackendError) as caught:
-        Evolution(seed=None).check(shift_problem())
-    assert str(caught.value) == (
-        "in a distributed run all processes must take the same directions; with seed=None each draws its own, and "
-        "there are 4 processes. Give evolution a number as seed."
-    )
-
-
 def test_the_directions_change_from_call_to_call():
     problem, backend = shift_problem(), Evolution(pairs=2)
     first = backend.hypergradient(problem, [None], None, {})

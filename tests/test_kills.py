@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 import hyperopt_implicit as hi
 
@@ -21,6 +22,28 @@ def test_a_killed_run_is_the_same_as_one_that_was_not(backend: str, workers: int
     killed = run.killed(2, seed=1)
     assert run.kills > 0
     assert difference(whole, killed) is None
+
+
+def test_a_killed_run_has_each_step_once_in_mlflow(workplace: Path) -> None:
+    uri = f"sqlite:///{workplace / 'mlflow.db'}"
+    tracking = hi.Tracking(uri, system_metrics=False, local_copy=str(workplace / "unsent"))
+    run = KilledRun("identity", workplace, tracking=tracking)
+    run.never_stopped()
+    history = run.killed(3, seed=4)["history"]
+    assert run.kills > 0
+    client = MlflowClient(uri)
+    found = client.search_runs(["1"])
+    resumed = [each for each in found if each.info.status == "FINISHED"]
+    assert len(resumed) == 1
+    for name, field in [("loss/validation", "validation_loss"), ("loss/training", "training_loss")]:
+        logged = client.get_metric_history(resumed[0].info.run_id, name)
+        assert [(each.step, each.value) for each in logged] == [(step["step"], step[field]) for step in history]
+    for name in resumed[0].data.metrics:
+        steps = [each.step for each in client.get_metric_history(resumed[0].info.run_id, name)]
+        assert len(set(steps)) == len(steps)
+    # one that was killed before it could note the id of its run has left another behind
+    assert len(found) <= 2
+    assert not (workplace / "unsent").exists()
 
 
 @pytest.mark.slow

@@ -389,7 +389,7 @@ def test_batches_that_are_never_met(batches, steps, warmup, seen):
     met: dict[str, set[int]] = {"train": set(), "differentiate": set()}
     problem = ridge(training_data=data)
     options = {"outer_steps": 12, "warmup_steps": warmup, "tracking": False, **steps}
-    real_training, real_functional = problem.training_loss, problem.functional_training_loss
+    real_training, real_functional = problem.share_of_training_loss, problem.functional_training_loss
 
     def place(batch):
         return next(i for i, each in enumerate(data) if each[0] is batch[0])
@@ -402,7 +402,7 @@ def test_batches_that_are_never_met(batches, steps, warmup, seen):
         met["differentiate"].add(place(batch))
         return real_functional(params, hparams, batch, buffers)
 
-    problem.training_loss, problem.functional_training_loss = training_loss, functional
+    problem.share_of_training_loss, problem.functional_training_loss = training_loss, functional
     if seen is None:
         hi.optimize(problem, "exact", **options)
         assert met["train"] == set(range(batches))

@@ -116,7 +116,7 @@ def test_running_without_tracking_imports_neither_tracker_nor_search() -> None:
 
 
 def test_only_tracking_imports_mlflow() -> None:
-    assert importers("mlflow", CORE) == ["tracking.py"]
+    assert importers("mlflow", CORE) == ["mlflow_run.py"]
     assert importers("mlflow", BACKENDS) == []
 
 
@@ -172,17 +172,32 @@ def test_core_finds_backends_through_their_entry_points_only() -> None:
 
 
 LAYERS = [
-    {"errors", "vectors", "randomness", "functional", "servers", "stopwatch"},
+    {
+        "errors",
+        "vectors",
+        "randomness",
+        "functional",
+        "credentials",
+        "servers",
+        "stopwatch",
+        "argument_checks",
+        "interrupts",
+        "distributed",
+        "shares",
+    },
     {"messages"},
-    {"data", "hyperparameters", "knobs"},
+    {"checkpoint"},
+    {"data", "hyperparameters", "knobs", "micro_batches"},
     {"backend"},
     {"carried"},
     {
         "binding",
+        "replicas",
         "problem",
         "operators",
         "gauss_newton",
         "low_precision",
+        "mixed_precision",
         "tracing",
         "compiled",
         "spectrum",
@@ -195,12 +210,13 @@ LAYERS = [
         "one_loop",
         "optimizers",
         "updates",
-        "checkpointing",
+        "reversal",
         "snapshot",
         "inner_loop",
         "trajectory",
         "forward_mode",
         "preflight",
+        "out_of_memory",
         "newton",
         "minimizer",
         "alike",
@@ -214,16 +230,18 @@ LAYERS = [
     {"hyper_optimizer", "history", "members_curvature"},
     {"population_check", "population_choice", "members_compiled"},
     {"report"},
+    {"local_copy"},
     {"figures", "progress", "sender", "run_record"},
+    {"mlflow_run"},
     {"tracking"},
     {"plain_training"},
     {"outer_loop", "members_training"},
+    {"run_state"},
     {"prepared_run"},
     {"optimize", "population_run"},
     {"population"},
     {
         "optuna_warnings",
-        "interrupts",
         "knob_space",
         "storage_contents",
         "storages",
@@ -233,14 +251,15 @@ LAYERS = [
         "retries",
         "workers",
     },
-    {"studies", "reporting", "kept_trials"},
+    {"studies", "reporting", "kept_trials", "trial_checkpoints"},
     {"telling"},
     {"trials"},
     {"search_record", "trial_table", "best_trial"},
     {"search"},
-    {"loading"},
+    {"loading", "launched"},
     {"backend_page"},
     {"cli_options", "cli_output", "local_workers"},
+    {"cli_resume"},
     {"cli_search"},
     {"cli"},
     {"__main__"},

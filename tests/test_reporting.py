@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import signal
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from hyperopt_implicit.interrupts import Interrupt
 from hyperopt_implicit.reporting import Pace, Reporter
 
 
@@ -29,7 +27,7 @@ class Trial:
 
 def reporter(trial: Trial, every: int | None = 1, outer_steps: int = 6, **options: Any) -> Reporter:
     study: Any = SimpleNamespace(user_attrs={}, set_user_attr=lambda name, value: None)
-    settings = {"interrupt": Interrupt(), "prunes": True, **options}
+    settings = {"prunes": True, **options}
     return Reporter(trial, Pace(study, outer_steps, every), **settings)  # type: ignore[arg-type]
 
 
@@ -60,7 +58,7 @@ def test_losses_that_are_not_finite_are_not_reported() -> None:
 def test_pruner_ends_a_trial() -> None:
     made = reporter(Trial(prunes_at=2))
     assert run(made, [1.0] * 6) == 3
-    assert (made.pruned, made.interrupted) == (True, False)
+    assert made.pruned
 
 
 def test_several_objectives_are_neither_reported_nor_pruned() -> None:
@@ -71,21 +69,13 @@ def test_several_objectives_are_neither_reported_nor_pruned() -> None:
     assert not made.pruned
 
 
-@pytest.mark.parametrize("prunes", [True, False])
-def test_signal_ends_a_trial_after_the_step(prunes: bool) -> None:
-    interrupt = Interrupt(signal.SIGINT)
-    made = reporter(Trial(), interrupt=interrupt, prunes=prunes)
-    assert run(made, [1.0] * 6) == 1
-    assert (made.pruned, made.interrupted) == (False, True)
-
-
-def test_signal_in_the_last_step_lets_the_trial_count() -> None:
-    made = reporter(Trial(), interrupt=Interrupt(signal.SIGINT), outer_steps=1)
-    assert run(made, [1.0]) == 1
-    assert not made.interrupted
-
-
-def test_trial_that_is_pruned_in_the_step_of_a_signal_counts_as_pruned() -> None:
-    made = reporter(Trial(prunes_at=0), interrupt=Interrupt(signal.SIGINT))
-    assert run(made, [1.0] * 6) == 1
-    assert (made.pruned, made.interrupted) == (True, False)
+def test_what_was_reported_is_reported_by_the_trial_that_goes_on() -> None:
+    first, second = Trial(prunes_at=9), Trial(prunes_at=9)
+    before = reporter(first, every=2)
+    run(before, [6.0, 5.0, 4.0, 3.0])
+    after = reporter(second, every=2)
+    after.load_state_dict(before.state_dict())
+    assert second.reports == first.reports == {1: 5.0, 3: 3.0}
+    again = reporter(Trial(prunes_at=9))
+    again.load_state_dict(after.state_dict())
+    assert again.state_dict() == before.state_dict()

@@ -184,6 +184,7 @@ def test_interrupt_ends_the_step_and_prints_what_goes_on(start: Any, alone: Outc
     assert sorted(each.info.status for each in runs()[1]) == ["FINISHED", "KILLED"]
     (command,) = re.findall(r"go on with\n  (hyperopt-implicit .*)\n", said)
     subprocess.run(command, shell=True, check=True, timeout=SECONDS, capture_output=True)
+    assert calls() == TRIALS * CALLS  # and no step was taken twice
     assert_whole(alone)
 
 
@@ -201,16 +202,19 @@ def test_second_interrupt_leaves_at_once(start: Any) -> None:
 
 
 def test_killed_search_is_gone_on_with_by_the_same_command(start: Any, alone: Outcome) -> None:
+    """A trial that was killed loses the step that it was in, and no more."""
     for trial in (0, 1):
-        process = start("--tracking-uri", f"sqlite:///{Path('mlflow.db').absolute()}")
+        process = start("--checkpoint-every", "1", "--tracking-uri", f"sqlite:///{Path('mlflow.db').absolute()}")
         until(lambda trial=trial: calls() >= trial * (CALLS + 5) + 5, process)
         process.kill()
         process.wait()
         assert len(trials_in(TrialState.RUNNING)) == 1
-    output(start())
+    output(start("--checkpoint-every", "1"))
+    assert calls() <= TRIALS * CALLS + 2
     assert_whole(alone)
     killed = [each for each in study_in().trials if each.state is TrialState.FAIL]
     assert [is_lost(each) for each in killed] == [True, True]
+    assert not list(Path("optuna.artifacts").rglob("step-*"))
 
 
 @pytest.mark.slow

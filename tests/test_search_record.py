@@ -228,7 +228,7 @@ def test_run_is_left_open_while_others_work(workplace: Path) -> None:
     assert client().get_run(str(found.run_id)).info.status == "FINISHED"
 
 
-def test_server_that_is_not_there_costs_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_that_is_not_there_costs_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -236,8 +236,13 @@ def test_server_that_is_not_there_costs_one_warning(tmp_path: Path, monkeypatch:
     assert [each.state for each in found.study.trials] == [TrialState.COMPLETE] * 3
     assert found.run_id is None
     said = [str(each.message) for each in caught if "MLflow" in str(each.message)]
-    assert len(said) == 2  # at the start, and at the end where the rest was put
+    assert len(said) == 3  # at the start, and at the end where the rest was put: the search's own, and the trials'
     assert "could not be used" in said[0]
-    (rest,) = Path("unsent_mlflow").glob("*.jsonl")
-    assert rest.name in said[1]
-    assert "search/validation_loss" in rest.read_text()
+    kept = {each.name: each.read_text() for each in Path("unsent_mlflow").glob("*.jsonl")}
+    (rest,) = [name for name, text in kept.items() if "search/validation_loss" in text]
+    assert rest in said[1]
+    assert len(kept) == 4
+    assert any(name in said[2] for name in kept.keys() - {rest})
+    assert "(3 trials in all)" in said[2]
+    for name, text in kept.items():
+        assert name == rest or text.count("loss/training") == 3

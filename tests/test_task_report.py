@@ -216,6 +216,24 @@ def test_watching_changes_nothing(own_generator: bool) -> None:
     assert len(report.readings) == 5
 
 
+def test_report_of_a_run_that_was_resumed_is_that_of_one_that_was_not(tmp_path: Path) -> None:
+    """It goes on reading on the batch on which it began."""
+
+    def train(report: TaskReport, steps: int, **options: Any) -> None:
+        torch.manual_seed(4)
+        problem = make(LinearCombiner(4))
+        problem.training_data = torch.utils.data.DataLoader(torch.rand(12), 3, shuffle=True)
+        hi.optimize(problem, "cg", outer_steps=steps, callbacks=[report], seed=1, tracking=False, **options)
+
+    whole, before, after = (TaskReport(losses, TASKS) for _ in range(3))
+    train(whole, 6)
+    train(before, 3, checkpoint=tmp_path)
+    train(after, 6, checkpoint=tmp_path, resume=True)
+    assert [each.step for each in after.readings] == list(range(6))
+    assert repr(after.readings) == repr(whole.readings)  # some cosines are NaN
+    assert after.verdicts() == whole.verdicts()
+
+
 def test_mlflow_run_shows_weights_figures_and_verdicts(workplace: Path) -> None:
     from mlflow import MlflowClient
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import hyperopt_implicit as hi
 from hyperopt_implicit.errors import HyperoptWarning
+from hyperopt_implicit.tracking import Tracker
 
 from .ridge import Batch, ridge, training_loss
 
@@ -163,6 +164,51 @@ def test_artifacts_are_figures_history_source_and_states(client: MlflowClient) -
     assert source == Path(__file__).with_name("ridge.py").read_text()
     picture = Path(client.download_artifacts(result.run_id, "trajectories.png")).read_bytes()
     assert picture.startswith(b"\x89PNG")
+
+
+def test_figures_of_a_report_stay_in_their_folder(workplace: Path, client: MlflowClient) -> None:
+    names = ["../../evil", "/tmp/evil", "..", "a/b", "a_b", "plain name"]
+
+    class Drawn(hi.Report):
+        def __call__(self, step: hi.OuterStep, problem: hi.BilevelProblem) -> None:
+            return None
+
+        def figures(self) -> dict[str, Any]:
+            from matplotlib.figure import Figure
+
+            return {name: Figure() for name in names}
+
+    result = optimize(callbacks=[Drawn()])
+    drawn = {path for path in artifacts(client, result.run_id) if path.endswith(".png")}
+    assert drawn - {"trajectories.png"} == {
+        "______evil.png", "_tmp_evil.png", "__.png", "a_b.png", "a_b_.png", "plain name.png"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "stored"),
+    [
+        ("../../evil", "__/__/evil"),
+        ("/etc/passwd", "_/etc/passwd"),
+        ("a/./b//c/", "a/_/b/_/c/_"),
+        ("..b/c..d", "__b/c..d"),
+        ("per cent %", "per cent _"),
+        ("x" * 300, None),
+    ],
+    ids=lambda value: str(value)[:20].replace("/", "|"),
+)
+def test_names_of_metrics_and_params_lead_nowhere(client: MlflowClient, name: str, stored: str | None) -> None:
+    tracker = Tracker(QUIET, {name: 1})
+    tracker.log_metrics({name: 2.0}, 0)
+    tracker.end()
+    data = client.get_run(str(tracker.run_id)).data
+    assert list(data.metrics.values()) == [2.0]
+    assert list(data.params.values()) == ["1"]
+    assert list(data.metrics) == list(data.params)
+    if stored is not None:
+        assert list(data.metrics) == [stored]
+    else:
+        assert len(next(iter(data.metrics))) == 250
 
 
 def test_states_can_be_left_out(client: MlflowClient) -> None:

@@ -78,6 +78,7 @@ class Bome(Backend):
     ] = "lr"
 
     needs_second_derivative: ClassVar[bool] = False
+    takes_complex_weights: ClassVar[bool] = False
 
     card: ClassVar[Card] = Card(
         family="first-order",

@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import distributed
 
 from hyperopt_implicit.backend import Backend, Card, Hypergradient, State, Status
-from hyperopt_implicit.errors import BackendError
 from hyperopt_implicit.forward_mode import random_directions, seeded_generator
 from hyperopt_implicit.inner_loop import InnerSteps, Iterate
 from hyperopt_implicit.optimizers import update_rule
@@ -96,12 +94,6 @@ class Evolution(Backend):
     def check(self, problem: BilevelProblem) -> None:
         super().check(problem)
         update_rule(problem.optimizer)
-        several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-        if self.seed is None and several:
-            raise BackendError(
-                "in a distributed run all processes must take the same directions; with seed=None each draws its own, "
-                f"and there are {distributed.get_world_size()} processes. Give evolution a number as seed."
-            )
 
     def hypergradient(
         self,

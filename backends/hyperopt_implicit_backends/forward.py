@@ -61,6 +61,7 @@ class Forward(Backend):
     ] = 32
 
     differentiates: ClassVar[Literal["solution", "trajectory"]] = "trajectory"
+    takes_complex_weights: ClassVar[bool] = False
 
     card: ClassVar[Card] = Card(
         family="unrolled",

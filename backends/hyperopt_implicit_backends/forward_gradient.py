@@ -58,6 +58,7 @@ class ForwardGradient(Backend):
     seed: Annotated[int, Field(ge=0, description="of the generator of the directions")] = 0
 
     differentiates: ClassVar[Literal["solution", "trajectory"]] = "trajectory"
+    takes_complex_weights: ClassVar[bool] = False
 
     card: ClassVar[Card] = Card(
         family="unrolled",

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from hyperopt_implicit.backend import Card, Hypergradient, State, Status
 from hyperopt_implicit.errors import BackendError
+from hyperopt_implicit.micro_batches import all_parts, parts_of
 from hyperopt_implicit.one_loop import measured
 from hyperopt_implicit.operators import validation_gradients
 from hyperopt_implicit.vectors import Params, add, add_, clone, is_finite, norm, same_shapes, zeros_like
@@ -88,7 +89,7 @@ class Saba(Soba):
     ) -> Hypergradient:
         known = _listed(problem.training_data, "training")
         held_out = _listed(problem.validation_data, "validation")
-        training = {_place(batch, known, "training"): batch for batch in training_batches}
+        training = {_place(batch, known, "training"): batch for batch in all_parts(training_batches)}
         place = _place(validation_batch, held_out, "validation")
         loss, slope, direct = validation_gradients(problem, validation_batch)
         if not is_finite(slope) or not is_finite(direct):  # which must not enter the memory
@@ -108,8 +109,13 @@ class Saba(Soba):
                 hessian = self.linearise(problem, [batch])
                 operator = self.damped(hessian)
                 if not products:
-                    rate, spectrum = self.rate(operator, vector, state)
-                    rate = rate / 3 if self.step_size == "auto" and len(known) > 1 else rate
+                    whole, parts = hessian, len(parts_of(training_batches[0]))
+                    if parts > 1 and self.step_size == "auto":
+                        whole = self.linearise(problem, training_batches[:1])
+                    rate, spectrum = self.rate(self.damped(whole), vector, state)
+                    rate = rate / 3 if self.step_size == "auto" and len(known) > parts else rate
+                    hvps += whole.products if whole is not hessian else 0
+                    del whole
                     u = self.start(vector, state, rate)
                 products[index], mixeds[index] = operator @ u, hessian.mixed(u)
                 training_losses.append(hessian.loss)

@@ -12,12 +12,12 @@ from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter, ValidationEr
 from pydantic_core import PydanticCustomError
 
 from hyperopt_implicit.backend import Backend, Card, Hypergradient, State, Status
-from hyperopt_implicit.checkpointing import Plan, fewest_slots
 from hyperopt_implicit.errors import BackendError
 from hyperopt_implicit.inner_loop import InnerSteps
 from hyperopt_implicit.messages import warn
 from hyperopt_implicit.operators import validation_gradients
 from hyperopt_implicit.optimizers import check_tunable, update_rule
+from hyperopt_implicit.reversal import Plan, fewest_slots
 from hyperopt_implicit.trajectory import Trajectory
 from hyperopt_implicit.vectors import add_, is_finite
 
@@ -170,7 +170,7 @@ class Unrolled(Backend):
                 f"memory and folder exclude each other: iterates are kept in memory or on disk; got "
                 f"memory={self.memory!r} and folder={self.folder!r}. Leave one of them out."
             )
-        if self.folder is not None and not Path(self.folder).is_dir():
+        if self.folder is not None and not (self.folder and Path(self.folder).is_dir()):
             raise BackendError(
                 f"folder must be a directory that exists; got {self.folder!r}. Make it, or name another."
             )

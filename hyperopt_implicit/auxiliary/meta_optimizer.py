@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from hyperopt_implicit.backend import Hypergradient, Spec, State, Status, get_backend
-from hyperopt_implicit.errors import AuxiliaryError, BackendError, SecondDerivativeError
+from hyperopt_implicit.distributed import several, world_size
+from hyperopt_implicit.errors import AuxiliaryError, BackendError, DistributedError, SecondDerivativeError
 from hyperopt_implicit.guarded_step import GuardedStep, OnFailure, honest
 from hyperopt_implicit.implicit import ImplicitBackend, Solution
 from hyperopt_implicit.messages import first_line
@@ -69,6 +70,7 @@ class MetaOptimizer:
     Raises:
         BackendError: the backend or an option is unknown, or the backend is not an implicit one.
         AuxiliaryError: there is no base optimizer, or an option cannot hold.
+        DistributedError: this is one of several processes of a group.
 
     References:
         Navon et al., "Auxiliary Learning by Implicit Differentiation", ICLR 2021, algorithm 1.
@@ -107,6 +109,12 @@ class MetaOptimizer:
         on_failure: OnFailure = "warn",
         meta_optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
+        if several():
+            raise DistributedError(
+                "MetaOptimizer differentiates the losses that it is given, and each of the "
+                f"{world_size()} processes of a torch.distributed group would give that of its own share. Use "
+                "HyperOptimizer, whose problem averages the losses over processes."
+            )
         if base_optimizer is not None and meta_optimizer is not None:
             raise AuxiliaryError("meta_optimizer is AuxiLearn's name for base_optimizer; give one of the two.")
         if max_grad_norm is not None and not max_grad_norm > 0:
@@ -163,7 +171,7 @@ class MetaOptimizer:
             _check_weight_norm(train_loss, params)
         self.zero_grad()
         self.last = honest(self._hypergradient(train_loss, val_loss, params, hparams))
-        self._state = self.last.state if self.last.status is not Status.NON_FINITE else {}
+        self._state = self.last.state if self.last.status.usable else {}
         self._guard.apply(self.last, hparams)
         if not return_grads:
             return None

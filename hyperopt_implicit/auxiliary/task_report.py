@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -21,6 +21,7 @@ from hyperopt_implicit.hyperparameters import Value
 from hyperopt_implicit.messages import nearest
 from hyperopt_implicit.operators import gradients, validation_gradients
 from hyperopt_implicit.problem import BilevelProblem, evaluating
+from hyperopt_implicit.randomness import AllGenerators
 from hyperopt_implicit.report import Report
 from hyperopt_implicit.vectors import Params, dot, norm
 
@@ -152,6 +153,7 @@ class TaskReport(Report):
         self._context = context
         self._every = every
         self._batches = {"training_data": training_batch, "validation_data": validation_batch}
+        self._drawn: set[str] = set()
         self._combiner: Value | None = None
         self._shape: tuple[int, ...] = ()
 
@@ -216,6 +218,21 @@ class TaskReport(Report):
     def lines(self) -> list[str]:
         return [str(verdict) for verdict in self.verdicts()]
 
+    def state_dict(self) -> dict[str, Any]:
+        """The readings, and the batches on which they are made; saved with a run, and what is not plain is left out."""
+        return {
+            "readings": [asdict(each) for each in self.readings],
+            "shape": self._shape,
+            "batches": {role: self._batches[role] for role in self._drawn if _is_plain(self._batches[role])},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave."""
+        self.readings = [TaskReading(**each) for each in state["readings"]]
+        self._shape = state["shape"]
+        self._drawn = set(state["batches"])
+        self._batches.update(state["batches"])
+
     def _verdict(self, i: int) -> TaskVerdict:
         start, end = (
             _ratio(each.weights[i], each.weights[self.main_task]) for each in (self.readings[0], self.readings[-1])
@@ -234,13 +251,11 @@ class TaskReport(Report):
     def _batch(self, problem: BilevelProblem, role: str) -> Any:
         if self._batches[role] is None:
             data = getattr(problem, role)
-            generator = getattr(data, "generator", None)
-            generators = [generator] if isinstance(generator, torch.Generator) else []
-            before = [each.get_state() for each in generators]
-            with torch.random.fork_rng(devices=[problem.device] if problem.device.type == "cuda" else []):
-                self._batches[role] = problem.stream(role).peek()
-            for each, state in zip(generators, before, strict=True):
-                each.set_state(state)
+            generators = AllGenerators(problem.device, [data])
+            before = generators.states()
+            self._batches[role] = problem.stream(role).peek()
+            generators.put_back(before)
+            self._drawn.add(role)
         return self._batches[role]
 
     def _check(self, losses: Tensor) -> None:
@@ -298,3 +313,11 @@ def _cosine(x: Params, y: Params) -> float:
 
 def _ratio(weight: float, main: float) -> float:
     return weight / main if main != 0.0 else math.inf
+
+
+def _is_plain(batch: Any) -> bool:
+    if isinstance(batch, dict):
+        return all(map(_is_plain, batch.values()))
+    return (
+        all(map(_is_plain, batch)) if type(batch) in (list, tuple) else type(batch) in (Tensor, int, float, str, bool)
+    )

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from hyperopt_implicit.argument_checks import check_list, check_seed, shown
 from hyperopt_implicit.data import to_device
 from hyperopt_implicit.errors import HyperoptError, ProblemError
 from hyperopt_implicit.inner_loop import train_step
-from hyperopt_implicit.problem import BilevelProblem
+from hyperopt_implicit.problem import BilevelProblem, check_problem
 
 MOST_BATCHES = 16
 
@@ -20,6 +21,8 @@ MOST_BATCHES = 16
 @contextmanager
 def warmed_up(problem: BilevelProblem, steps: int, seed: int) -> Iterator[BilevelProblem]:
     """A copy of the problem after plain training steps; inside, torch draws from the seed."""
+    check_problem(problem)
+    check_seed(seed)
     start = problem.copy()
     with torch.random.fork_rng(devices=[problem.device] if problem.device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -37,6 +40,7 @@ def batches_of(problem: BilevelProblem, role: str, given: Sequence[Any] | None, 
         ProblemError: none were given and the problem has no data, or the list is empty.
     """
     if given is not None:
+        check_list(role.replace("data", "batches"), given, "batches", ProblemError)
         if len(given) == 0:
             raise ProblemError(f"{role.replace('data', 'batches')} must hold at least one batch; it is empty.")
         return [to_device(batch, problem.device) for batch in given]
@@ -56,3 +60,13 @@ def check_count(name: str, value: Any, least: int) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise HyperoptError(f"{name} must be a whole number of at least {least}; got {value!r}.")
+
+
+def check_seconds(name: str, value: Any) -> None:
+    """Refuse what is no time.
+
+    Raises:
+        HyperoptError: with what it is.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+        raise HyperoptError(f"{name} must be a number of seconds; got {shown(value)}.")

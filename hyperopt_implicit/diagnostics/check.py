@@ -9,8 +9,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from hyperopt_implicit.argument_checks import is_number
 from hyperopt_implicit.backend import Backend, Spec, get_backend
-from hyperopt_implicit.diagnostics.batches import batches_of, check_count, warmed_up
+from hyperopt_implicit.diagnostics.batches import batches_of, check_count, check_seconds, warmed_up
 from hyperopt_implicit.diagnostics.measurements import CheckReport, Measurements
 from hyperopt_implicit.diagnostics.truth import (
     difference,
@@ -25,7 +26,7 @@ from hyperopt_implicit.diagnostics.twin import Twin, float64_twin
 from hyperopt_implicit.diagnostics.verdict import verdict
 from hyperopt_implicit.errors import BackendError, HyperoptError, ProblemError
 from hyperopt_implicit.implicit import ImplicitBackend
-from hyperopt_implicit.problem import BilevelProblem
+from hyperopt_implicit.problem import BilevelProblem, check_problem
 from hyperopt_implicit.vectors import Params, norm
 
 _MOST_DRAWS = 8
@@ -85,9 +86,11 @@ def check(
         >>> report.ok
         True
     """
+    check_problem(problem)
+    check_seconds("seconds", seconds)
     chosen = get_backend(backend).for_problem(problem)
     chosen.check(problem)
-    if not 0.0 < tolerance < 1.0:
+    if not is_number(tolerance) or not 0.0 < tolerance < 1.0:
         raise HyperoptError(f"tolerance must be a relative error between 0 and 1; got {tolerance!r}.")
     for name, value, least in (("inner_steps", inner_steps, 1), ("warmup_steps", warmup_steps, 0), ("calls", calls, 1)):
         check_count(name, value, least)

@@ -7,15 +7,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hyperopt_implicit.argument_checks import check_list
 from hyperopt_implicit.backend import Backend, Spec, get_backend, list_backends, options_of
-from hyperopt_implicit.diagnostics.batches import batches_of, check_count, warmed_up
+from hyperopt_implicit.diagnostics.batches import batches_of, check_count, check_seconds, warmed_up
 from hyperopt_implicit.diagnostics.comparison import Comparison, Row
 from hyperopt_implicit.diagnostics.measuring import peak_bytes, seconds
 from hyperopt_implicit.diagnostics.truth import difference, minimise, theorem, unrolled
 from hyperopt_implicit.diagnostics.twin import Twin, float64_twin
 from hyperopt_implicit.errors import BackendError, HyperoptError, ProblemError
 from hyperopt_implicit.problem import BilevelProblem
-from hyperopt_implicit.tracking import Tracking
+from hyperopt_implicit.tracking import Tracking, resolve
 from hyperopt_implicit.vectors import Params, cosine, norm
 
 
@@ -81,6 +82,8 @@ def compare(
     for name, value in counts.items():
         check_count(name, value, 1)
     check_count("warmup_steps", warmup_steps, 0)
+    check_seconds("seconds_to_minimise", seconds_to_minimise)
+    resolve(tracking)  # refused now, rather than when all is done
     with warmed_up(problem, warmup_steps, seed) as start:
         validation = batches_of(start, "validation_data", None if validation_batch is None else [validation_batch], 1)
         settings = {
@@ -89,6 +92,8 @@ def compare(
         }
         rows, left_out = [], {}
         given = [backends] if isinstance(backends, str | Mapping | Backend) else backends
+        if given is not None:
+            check_list("backends", given, "backends")
         for spec in list_backends() if given is None else given:
             label, named = _labelled(spec)
             chosen = named.for_problem(start)

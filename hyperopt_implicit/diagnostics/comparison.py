@@ -180,7 +180,6 @@ class Comparison:
         source = source_of(problem.loss_source())
         tags = {**source_tags(source), "kind": "comparison", "mlflow.note.content": f"```\n{self}\n```"}
         tracker = Tracker(config, {**problem_params(problem), **options}, tags)
-        self.run_id, self.run_link = tracker.run_id, tracker.run_link
         for row in self.rows:
             numbers = {
                 "error": row.error,
@@ -202,6 +201,7 @@ class Comparison:
 
         tracker.log_files(files)
         tracker.end()
+        self.run_id, self.run_link = tracker.run_id, tracker.run_link
 
 
 def _number(value: float, how: str) -> str:

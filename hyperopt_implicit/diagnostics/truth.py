@@ -16,6 +16,7 @@ import torch
 
 from hyperopt_implicit.backend import Hypergradient, Status, get_backend
 from hyperopt_implicit.diagnostics.twin import Twin
+from hyperopt_implicit.distributed import first_decides
 from hyperopt_implicit.errors import BackendError
 from hyperopt_implicit.implicit import ImplicitBackend
 from hyperopt_implicit.newton import inner_hessian, newton
@@ -178,7 +179,7 @@ def _descend(twin: Twin, target: float, seconds: float) -> None:
         return twin.training_loss()
 
     until, last = time.perf_counter() + seconds, math.inf
-    while time.perf_counter() < until:
+    while first_decides(time.perf_counter() < until):
         optimizer.step(closure)
         size = norm(twin.gradient())
         if size <= target or not size < 0.9 * last:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import copy
 import io
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pickle import UnpicklingError  # nosec B403 # the error alone; nothing is unpickled here
 from typing import Any
 
 import torch
@@ -114,7 +114,7 @@ def saved_and_loaded(state: State) -> State:
     file.seek(0)
     try:
         loaded = torch.load(file, weights_only=True)
-    except pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         raise AssertionError(f"a state consists of tensors, dicts and numbers, to be saved; it is {state}") from error
     if not same(loaded, state):
         raise AssertionError(f"a state must survive torch.save and torch.load; it is {state}")

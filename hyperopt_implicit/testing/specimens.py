@@ -85,7 +85,7 @@ def ridge_problem(
     ) -> Tensor:
         weight = next(model.parameters())
         loss = scale * (half_mean_square(model, batch) + 0.5 * ((decay + second) * weight.square()).sum())
-        return loss if extra is None else loss + extra(model)
+        return loss if extra is None else loss + extra(model)  # nosec B610 # a term of a loss
 
     return BilevelProblem(
         Linear(4) if model is None else model,

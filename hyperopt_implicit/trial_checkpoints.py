@@ -1,0 +1,56 @@
+"""Checkpoints of the trials that run, so that a trial whose process is killed goes on where it was.
+
+A trial and those that repeat it share a folder. It is beside what is kept of the best trials (``kept_trials.py``), and
+goes when the trial has ended.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from hyperopt_implicit.checkpoint import Checkpoints
+from hyperopt_implicit.places import origin
+from hyperopt_implicit.run_state import RunKeeper
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+    from optuna.trial import Trial
+
+_SHARE = 0.01  # of a trial's time that goes into saving it
+
+
+class TrialCheckpoints:
+    """Where the trials of a study are saved while they run.
+
+    A checkpoint is not flushed to the disk: it outlasts its process, whenever that is killed, but not a loss of power.
+
+    Args:
+        study: the study.
+        folder: of what is kept of a study; None saves nothing.
+        every: after so many outer steps; None saves after each one, or where that would take more than a hundredth of
+            the time, as often as takes that much.
+    """
+
+    def __init__(self, study: Study, folder: Path | None, every: int | None) -> None:
+        self._folder = None if folder is None else folder / "running" / f"study-{quote(study.study_name, safe='')}"
+        self._every = every
+
+    def keeper(self, trial: Trial) -> RunKeeper | None:
+        """Who saves a trial, and brings back what another process has saved of it."""
+        place = self._of(trial)
+        if place is None:
+            return None
+        checkpoints = Checkpoints(place, every=self._every, least_seconds=0.0, share=_SHARE, durable=False)
+        return RunKeeper(checkpoints, resume=True, lenient=True)
+
+    def forget(self, trial: Trial) -> None:
+        """Remove what was saved of a trial."""
+        place = self._of(trial)
+        if place is not None:
+            shutil.rmtree(place, ignore_errors=True)
+
+    def _of(self, trial: Trial) -> Path | None:
+        return None if self._folder is None else self._folder / f"trial-{origin(trial)}"
