@@ -50,8 +50,10 @@ class MlflowRun:
         config: where and how.
         tags: the run's tags.
         resume: the run to go on with; a new one begins where it is not there any more.
+        token: that of an earlier life, which may have begun a run whose id nobody has come to know.
 
     Attributes:
+        token: what the run is tagged with, so that it can be found again without its id.
         run_id: None until the run has begun; from the start the one to go on with.
         experiment_id: None until then.
         goes_on: whether it is a run that was there.
@@ -59,15 +61,17 @@ class MlflowRun:
 
     metrics_a_call = 1000  # MLflow's limit
 
-    def __init__(self, config: Tracking, tags: Mapping[str, str], resume: str | None = None) -> None:
+    def __init__(
+        self, config: Tracking, tags: Mapping[str, str], resume: str | None = None, token: str | None = None
+    ) -> None:
         self.run_id = resume
         self.experiment_id: str | None = None
         self.goes_on = False
         self._config, self._tags, self._resume = config, tags, resume
         self._uri = config.resolved_uri
         self.name = without_credentials(self._uri)
-        self._token = uuid.uuid4().hex
-        self._asked = False
+        self.token = uuid.uuid4().hex if token is None else token
+        self._asked = token is not None
         self._started = 0
         self._params: frozenset[str] = frozenset()
         self._monitor: Any = None
@@ -90,7 +94,7 @@ class MlflowRun:
             from mlflow import MlflowClient
 
             self._client = MlflowClient(tracking_uri=self._uri)
-            run = None if self._resume is None else self._found(self._resume)
+            run = (None if self._resume is None else self._found(self._resume)) or self._begun()
             if run is not None:
                 self._params, self.goes_on = frozenset(run.data.params), True
                 self._client.update_run(run.info.run_id, status="RUNNING")
@@ -103,16 +107,19 @@ class MlflowRun:
         if self._config.system_metrics and importlib.util.find_spec("psutil"):
             self._monitor = _system_monitor(self.run_id, self._uri, goes_on=self.goes_on)
 
-    def _new(self) -> Any:
-        """A new run, or the one that was begun by an earlier call whose answer was lost."""
+    def _begun(self) -> Any:
+        """The run that was begun by an earlier call whose answer was lost, or by an earlier life, or None."""
+        if not self._asked:
+            return None
         experiment = self._experiment(self._config.resolved_experiment)
-        if self._asked:
-            for run in self._client.search_runs([experiment], f"tags.`{_TOKEN}` = '{self._token}'"):
-                return run
+        return next(iter(self._client.search_runs([experiment], f"tags.`{_TOKEN}` = '{self.token}'")), None)
+
+    def _new(self) -> Any:
+        experiment = self._experiment(self._config.resolved_experiment)
         self._asked = True
         parent = self._config.parent_run_id
         nested = {} if parent is None else {"mlflow.parentRunId": parent}
-        tags = {**self._tags, **nested, _TOKEN: self._token}
+        tags = {**self._tags, **nested, _TOKEN: self.token}
         return self._client.create_run(experiment, run_name=self._config.run_name, tags=tags)
 
     def _found(self, run_id: str) -> Any:

@@ -166,13 +166,14 @@ class PreparedRun:
             callbacks=callbacks,
         )
         if keeper is not None:
-            keeper.attach(self.run, callbacks, lambda: self._tracker.run_id)
+            keeper.attach(self.run, callbacks, lambda: (self._tracker.run_id, self._tracker.token))
         if saved is None or keeper is None:
             # the only point before training at which the data and both losses are touched
             outer.check(loop.training.peek(), loop.validation.peek())
         else:
             keeper.bring_back(saved)
             outer.checked = True
+        run_id, token = (None, None) if saved is None or keeper is None or keeper.lenient else saved.state["tracked"]
         reports = [each for each in callbacks if isinstance(each, Report)]
         self._tracker = RunTracker(
             tracking if is_first() else False,
@@ -180,8 +181,9 @@ class PreparedRun:
             outer.backend,
             self._described,
             reports,
-            resume=None if saved is None or keeper is None or keeper.lenient else saved.state["run_id"],
+            resume=run_id,
             history=self.run.history,
+            token=token,
         )
         if keeper is not None:
             if saved is None:

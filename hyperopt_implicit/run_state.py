@@ -96,15 +96,17 @@ class RunKeeper:
             return None
         return saved
 
-    def attach(self, run: Run, callbacks: Sequence[Callback], run_id: Callable[[], str | None]) -> None:
+    def attach(
+        self, run: Run, callbacks: Sequence[Callback], tracked: Callable[[], tuple[str | None, str | None]]
+    ) -> None:
         """Name what is saved from now on.
 
         Args:
             run: before its first step.
             callbacks: those with ``state_dict`` and ``load_state_dict`` are saved with it.
-            run_id: gives the id of the tracked run, as far as it is known.
+            tracked: gives the id and the token of the tracked run, as far as they are known.
         """
-        self._run, self._callbacks, self._run_id = run, list(callbacks), run_id
+        self._run, self._callbacks, self._tracked = run, list(callbacks), tracked
         problem = run.loop.problem
         self._generators = AllGenerators(problem.device, [problem.training_data, problem.validation_data])
         run.loop.training.remember(self._generators)
@@ -185,7 +187,7 @@ class RunKeeper:
             "format": _FORMAT,
             "torch": str(torch.__version__),
             "identity": self._identity,
-            "run_id": self._run_id(),
+            "tracked": self._tracked(),
             "run": run,
             "callbacks": [
                 (type(each).__qualname__, state() if callable(state) else None)

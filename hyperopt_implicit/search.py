@@ -114,8 +114,8 @@ def search(
     and the pruner may end the trial there. In MLflow the search is one run, with one nested run for each trial.
 
     Several processes, on one machine or on many, work on one study where all are given the same ``storage`` and
-    ``study_name``. A trial whose process was killed is begun anew with the same knobs. Ctrl-C lets the present outer
-    step end, puts the trial back for the next search, and raises KeyboardInterrupt; a second one leaves at once.
+    ``study_name``. A trial whose process was killed is gone on with from its last outer step. Ctrl-C lets the present
+    outer step end, puts the trial back for the next search, and raises KeyboardInterrupt; a second one leaves at once.
 
     The model and the hyperparameters of the best trial are kept: :func:`load_best` loads them.
 
@@ -152,7 +152,9 @@ def search(
             the file of a storage, or ``optuna_artifacts``.
         on_trial: called after each trial that ran here, with the trial as Optuna has it.
         tracking: as for :func:`optimize`; here for the parent run.
-        **options: of :func:`optimize`, for every trial. ``keep_best_model`` is on.
+        **options: of :func:`optimize`, for every trial. ``keep_best_model`` is on. Trials are saved while they run,
+            beside ``artifacts``, after each outer step unless that took more than a hundredth of the time;
+            ``checkpoint_every=1`` does it in any case.
 
     Raises:
         SearchError: there are no knobs, the storage cannot be used, the study was begun with other knobs or objectives,

@@ -105,6 +105,7 @@ class Tracker:
             there any more.
         patience: how many seconds to wait here for the first attempt; some for a server, more for a database, which
             may have to be made first.
+        token: what an earlier life has tagged its run with, which is then gone on with, though its id is not known.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class Tracker:
         tags: Mapping[str, str] | None = None,
         resume: str | None = None,
         patience: float | None = None,
+        token: str | None = None,
     ) -> None:
         self._sender: Sender | None = None
         self._run: MlflowRun | None = None
@@ -123,7 +125,7 @@ class Tracker:
         self._tags = {**(tags or {}), **config.tags}
         if patience is None:
             patience = _START_SECONDS if config.resolved_uri.startswith("http") else _DATABASE_SECONDS
-        self._run = MlflowRun(config, self._tags, resume)
+        self._run = MlflowRun(config, self._tags, resume, token)
         copy = LocalCopy(Path(config.local_copy))
         self._sender = Sender(self._run, self._described, copy, patience=patience, note=config._note)
         named = {_accepted(key): str(value) for key, value in {**(params or {}), **config.params}.items()}
@@ -133,6 +135,11 @@ class Tracker:
     def run_id(self) -> str | None:
         """None where nothing is tracked, or no server was reached yet; that of a run to go on with is always known."""
         return None if self._run is None else self._run.run_id
+
+    @property
+    def token(self) -> str | None:
+        """What the run is tagged with, known before its id; None where nothing is tracked."""
+        return None if self._run is None else self._run.token
 
     @property
     def run_link(self) -> str | None:
@@ -199,6 +206,7 @@ class RunTracker(Tracker):
         reports: what else is logged.
         resume: the id of the run to go on with.
         history: the outer steps that were taken before, of which those are logged that are not there.
+        token: see :class:`Tracker`.
     """
 
     def __init__(
@@ -211,6 +219,7 @@ class RunTracker(Tracker):
         *,
         resume: str | None = None,
         history: Sequence[OuterStep] = (),
+        token: str | None = None,
     ) -> None:
         self._reports = reports
         config = resolve(tracking)
@@ -218,7 +227,8 @@ class RunTracker(Tracker):
             super().__init__(None)
             return
         source = source_of(problem.loss_source())
-        super().__init__(config, {**params_of(problem, backend), **options}, source_tags(source), resume)
+        params = {**params_of(problem, backend), **options}
+        super().__init__(config, params, source_tags(source), resume, token=token)
         if source is not None:
             self.log_artifact(source, "source")
         if self._sender is not None and len(history):

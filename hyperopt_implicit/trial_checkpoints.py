@@ -7,6 +7,7 @@ goes when the trial has ended.
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -51,6 +52,9 @@ class TrialCheckpoints:
         place = self._of(trial)
         if place is not None:
             shutil.rmtree(place, ignore_errors=True)
+            with suppress(OSError):  # they hold other trials, or other studies
+                place.parent.rmdir()
+                place.parent.parent.rmdir()
 
     def _of(self, trial: Trial) -> Path | None:
         return None if self._folder is None else self._folder / f"trial-{origin(trial)}"

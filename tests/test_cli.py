@@ -48,6 +48,7 @@ def test_run_takes_options_of_backend_and_loop(command: Command, monkeypatch: py
         *("--knob", "nesterov=True", "--outer-steps", "2", "--inner-steps", "3", "--warmup-steps", "4"),
         *("--outer-lr", "0.5", "--clip", "2", "--hessian-batches", "2", "--patience", "9", "--seed", "3"),
         *("--accumulate", "2", "--inner-precision", "bfloat16"),
+        *("--checkpoint", "saved", "--checkpoint-every", "1", "--resume"),
         *("--tracking-uri", "sqlite:///x.db", "--experiment", "mine", "--run-name", "first", "--device", "cpu"),
     )
     assert seen == {
@@ -64,6 +65,9 @@ def test_run_takes_options_of_backend_and_loop(command: Command, monkeypatch: py
         "inner_precision": "bfloat16",
         "patience": 9,
         "seed": 3,
+        "checkpoint": Path("saved"),
+        "checkpoint_every": 1,
+        "resume": True,
         "tracking": hi.Tracking("sqlite:///x.db", "mine", "first"),
     }
 
