@@ -23,7 +23,8 @@ from hyperopt_implicit.messages import nearest
 from hyperopt_implicit.vectors import Params
 
 if TYPE_CHECKING:
-    from hyperopt_implicit.problem import BilevelProblem, InnerState
+    from hyperopt_implicit.inner_state import InnerState
+    from hyperopt_implicit.problem import BilevelProblem
 
 ENTRY_POINT_GROUP = "hyperopt_implicit.backends"
 

@@ -20,7 +20,8 @@ from hyperopt_implicit.mixed_precision import linear, scaled
 from hyperopt_implicit.vectors import Params, clone, is_finite
 
 if TYPE_CHECKING:
-    from hyperopt_implicit.problem import BilevelProblem, InnerState
+    from hyperopt_implicit.inner_state import InnerState
+    from hyperopt_implicit.problem import BilevelProblem
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperopt_implicit.distributed import average_gradients, mean, several
+from hyperopt_implicit.inner_state import InnerState
 from hyperopt_implicit.micro_batches import parts_of
 from hyperopt_implicit.mixed_precision import linear, scaled
 from hyperopt_implicit.operators import twice_differentiable
@@ -28,7 +29,7 @@ from hyperopt_implicit.optimizers import (
     slot_bytes,
     update_rule,
 )
-from hyperopt_implicit.problem import BilevelProblem, InnerState, write_option
+from hyperopt_implicit.problem import BilevelProblem, write_option
 from hyperopt_implicit.randomness import random_states
 from hyperopt_implicit.snapshot import Buffers
 from hyperopt_implicit.updates import Adjoint, adjoint_of, apply_update, update_in_place

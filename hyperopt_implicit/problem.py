@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -30,21 +29,11 @@ from hyperopt_implicit.distributed import mean, several
 from hyperopt_implicit.errors import LossError, ProblemError
 from hyperopt_implicit.functional import Places
 from hyperopt_implicit.hyperparameters import Hyperparameters, Value, declarations_of, undecorated
+from hyperopt_implicit.inner_state import InnerState, copied
 from hyperopt_implicit.micro_batches import parts_of
 from hyperopt_implicit.mixed_precision import FULL, InnerPrecision
 from hyperopt_implicit.shares import mean_of_shares, replicated
 from hyperopt_implicit.vectors import Params
-
-
-@dataclass
-class InnerState:
-    """A copy of all that inner training changes: parameters, buffers, and the optimizer's state by parameter."""
-
-    params: Params
-    buffers: Params
-    optimizer: dict[str, dict[str, Any]]
-    scaling: Tensor | None = None
-    """Of the loss, where training in float16 has arrived; what holds it is not part of a problem."""
 
 
 class _Bound(nn.Module):
@@ -319,7 +308,7 @@ class BilevelProblem:
     def inner_state(self) -> InnerState:
         """A copy of parameters, buffers and the optimizer's state."""
         optimizer = {
-            name: {key: _copy(value) for key, value in self.optimizer.state.get(p, {}).items()}
+            name: {key: copied(value) for key, value in self.optimizer.state.get(p, {}).items()}
             for name, p in self._params.items()
         }
         return InnerState(
@@ -335,7 +324,7 @@ class BilevelProblem:
             p.copy_(state.params[name])
             self.optimizer.state.pop(p, None)
             if state.optimizer[name]:
-                self.optimizer.state[p] = {key: _copy(value) for key, value in state.optimizer[name].items()}
+                self.optimizer.state[p] = {key: copied(value) for key, value in state.optimizer[name].items()}
         for name, buffer in list(self.model.named_buffers()):
             before = state.buffers.get(name, buffer)  # it may have been registered since
             if before.shape == buffer.shape:
@@ -399,7 +388,3 @@ def _scalar(loss: Any, role: str) -> Tensor:
     if loss.numel() != 1:
         raise LossError(f"{role} must return a scalar; got shape {tuple(loss.shape)}. Take its mean or its sum.")
     return loss.reshape(())
-
-
-def _copy(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyperopt_implicit.problem import BilevelProblem, InnerState
+from hyperopt_implicit.inner_state import InnerState
+from hyperopt_implicit.problem import BilevelProblem
 
 _SET_FROM_OUTSIDE = {"params", "lr", "initial_lr", "momentum", "betas", "weight_decay"}
 """Entries of an optimizer's groups that schedules and hyperparameters write; in others, some optimizers count."""

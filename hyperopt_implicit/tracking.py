@@ -11,12 +11,12 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from hyperopt_implicit.credentials import censored
+from hyperopt_implicit.credentials import censored, without_credentials
 from hyperopt_implicit.distributed import is_first
 from hyperopt_implicit.errors import HyperoptError
 from hyperopt_implicit.local_copy import LocalCopy, WriteFiles
@@ -77,6 +77,11 @@ class Tracking:
     system_metrics: bool = True
     local_copy: str = "unsent_mlflow"
     _note: Callable[[str], None] | None = field(default=None, repr=False, compare=False)  # instead of warnings
+
+    def __repr__(self) -> str:
+        shown = {each.name: getattr(self, each.name) for each in fields(self) if each.repr}
+        shown["uri"] = None if self.uri is None else without_credentials(self.uri)
+        return f"Tracking({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     @property
     def resolved_uri(self) -> str:

@@ -143,3 +143,8 @@ def test_error_whose_message_is_long_is_cut_after_it_is_censored() -> None:
         said = run.explain(OSError("x" * length + "http://me:s3cretpassword@127.0.0.1:9"))
         assert "s3c" not in said
         assert len(said) <= 200
+
+
+def test_settings_show_no_password() -> None:
+    assert "s3cret" not in repr(hi.Tracking("http://anna:s3cret@mlflow.example.org", "mine"))
+    assert repr(hi.Tracking(experiment="mine")).startswith("Tracking(uri=None, experiment='mine', run_name=None")

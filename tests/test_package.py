@@ -139,6 +139,7 @@ def test_only_search_and_knobs_import_optuna() -> None:
         "storages.py",
         "studies.py",
         "telling.py",
+        "trial_checkpoints.py",
         "trial_table.py",
         "trials.py",
         "workers.py",
@@ -192,6 +193,7 @@ LAYERS = [
     {"carried"},
     {
         "binding",
+        "inner_state",
         "replicas",
         "problem",
         "operators",
