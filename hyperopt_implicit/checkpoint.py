@@ -56,6 +56,7 @@ class Checkpoints:
             long enough for a save to be no more than a ``share`` of the time.
         least_seconds: see ``every``.
         share: of the time between two saves that a save may take, where ``every`` is None.
+        free_seconds: that saves may take in all before these two count.
         durable: whether a file is flushed to the disk before it counts, so that it outlasts a loss of power. One that
             is not outlasts the death of its process.
 
@@ -73,6 +74,7 @@ class Checkpoints:
         every: int | None = None,
         least_seconds: float = _LEAST_SECONDS,
         share: float = _SHARE,
+        free_seconds: float = 0.0,
         durable: bool = True,
     ) -> None:
         if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
@@ -86,6 +88,7 @@ class Checkpoints:
             raise CheckpointError(f"checkpoint must be a folder; {self.folder} is a file. Name another.")
         self._every = every
         self.least_seconds, self.share = least_seconds, share
+        self._free = free_seconds
         self._durable = durable
         self._cost = 0.0
         self._last = time.monotonic()
@@ -176,6 +179,8 @@ class Checkpoints:
 
     def is_due_by_time(self) -> bool:
         """Whether saving now would be rare enough to cost next to nothing."""
+        if self._cost < self._free:
+            return True
         return time.monotonic() - self._last >= max(self.least_seconds, self._cost / self.share)
 
     def begin(self, state: Mapping[str, Any]) -> None:
@@ -206,6 +211,11 @@ class Checkpoints:
         for path in self.folder.iterdir():
             if _UNFINISHED.fullmatch(path.name):
                 path.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove all checkpoints, so that those of a run that begins anew do not stand behind them."""
+        for path in self._files():
+            path.unlink(missing_ok=True)
 
     def save(self, state: Mapping[str, Any], steps: int) -> bool:
         """Save a state after so many outer steps; says whether that was possible. Costs a warning where it was not."""
@@ -251,6 +261,7 @@ class Checkpoints:
                 old.unlink()
         self._last = time.monotonic()
         self._cost = self._last - began
+        self._free -= self._cost
         return path
 
 

@@ -19,6 +19,7 @@ LOST = "lost"  # ended without having run; another takes its place
 ABANDONED = "abandoned"  # likewise, and none does
 SURPLUS = "surplus"  # never needed
 RETRY_OF = "retry_of"
+GONE_ON_FROM = "gone_on_from"  # the outer steps that were saved by those which it repeats
 
 FIRST = "failed_trial"  # attributes of Optuna's, as its own retries have them
 HISTORY = "retry_history"

@@ -11,6 +11,7 @@ from hyperopt_implicit.places import (
     FAILURE,
     FIRST,
     FIXED,
+    GONE_ON_FROM,
     HISTORY,
     LOST,
     RETRY_OF,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 KILLED = "its worker was killed"
 MAX_RETRIES = 3
-"""How often a trial is run again whose worker was killed: it may be the trial that kills it."""
+"""How often a trial is run again that gets no further before its worker is killed: it may be what kills it."""
 
 _UNREPEATED = timedelta(seconds=10)  # between the end of a lost trial and the one that repeats it
 
@@ -53,8 +54,16 @@ def give_up(study: Study, trial: FrozenTrial, failure: str, *, again: bool) -> b
 
 
 def give_up_killed(study: Study, trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> bool:
-    """The same for one whose worker is gone; if that was so several times, it counts as failed and is not repeated."""
-    killed = 1 + sum(trials[number].user_attrs.get(FAILURE) == KILLED for number in history(trial))
+    """The same for one whose worker is gone; if that was so several times, it counts as failed and is not repeated.
+
+    Those times do not count after which a trial went on from a later outer step than ever before.
+    """
+    lives = [trials[number] for number in history(trial) if trials[number].user_attrs.get(FAILURE) == KILLED]
+    killed, furthest = 0, -1
+    for each in (*lives, trial):
+        begun = each.user_attrs.get(GONE_ON_FROM, 0)
+        killed = 1 if begun > furthest else killed + 1
+        furthest = max(begun, furthest)
     if killed > MAX_RETRIES:
         return _end_with(study, trial, {FAILURE: f"{KILLED}, {killed} times"})
     return give_up(study, trial, KILLED, again=True)

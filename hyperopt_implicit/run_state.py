@@ -46,9 +46,18 @@ class RunKeeper:
         resume: whether to go on with a run that has left checkpoints there; a new one begins where there are none.
         lenient: whether a run that cannot be brought back or saved begins anew, with a warning; else it is refused. It
             is tracked anew in either case, and not saved before its first step.
+        goes_on: is told from which outer step on a run is gone on with.
     """
 
-    def __init__(self, checkpoints: Checkpoints, *, resume: bool, lenient: bool = False) -> None:
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        *,
+        resume: bool,
+        lenient: bool = False,
+        goes_on: Callable[[int], None] = lambda steps: None,
+    ) -> None:
+        self._goes_on = goes_on
         self._checkpoints = checkpoints
         self._resume = resume
         self.lenient = lenient
@@ -93,6 +102,7 @@ class RunKeeper:
             if not self.lenient:
                 raise
             warn(f"begins anew: {error}")
+            self._checkpoints.clear()
             return None
         return saved
 
@@ -134,6 +144,7 @@ class RunKeeper:
             load = getattr(callback, "load_state_dict", None)
             if state is not None and callable(load) and type(callback).__qualname__ == kind:
                 load(state)
+        self._goes_on(len(self._run.history))
 
     def bring_back_generators(self, saved: Saved) -> None:
         """Put all generators to where they stood; the last thing before the run goes on."""

@@ -18,7 +18,7 @@ from optuna.trial import TrialState, create_trial
 from hyperopt_implicit import heartbeats, processes, retries, workers
 from hyperopt_implicit.heartbeats import Heartbeat
 from hyperopt_implicit.optuna_warnings import accepting_experimental
-from hyperopt_implicit.places import counted, origin
+from hyperopt_implicit.places import GONE_ON_FROM, counted, is_lost, origin
 from hyperopt_implicit.processes import identity, lives
 from hyperopt_implicit.retries import MAX_RETRIES
 from hyperopt_implicit.storages import open_storage
@@ -245,6 +245,20 @@ def test_a_trial_that_kills_its_workers_counts_as_failed_in_the_end(study: Study
     assert last.user_attrs["failure"] == "its worker was killed, 4 times"
     assert counted(study) == 1
     assert claim(study, {}, 1) is None
+
+
+def test_a_trial_that_gets_further_is_run_until_it_ends(study: Study) -> None:
+    """What kills it is the machine, not the trial."""
+    add_running(study, dead())
+    for number in range(3 * MAX_RETRIES):
+        assert reclaim(study) == [number]
+        trial = claim(study, {}, 1)
+        assert trial is not None
+        trial.set_user_attr(GONE_ON_FROM, 10 * (number // 2))  # every other time
+        trial.set_user_attr("worker", dead())
+    reclaim(study)
+    assert is_lost(study.trials[3 * MAX_RETRIES])
+    assert claim(study, {}, 1) is not None
 
 
 def test_interruptions_are_no_kills(study: Study) -> None:
