@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -221,7 +222,7 @@ def measure() -> tuple[dict[str, Any], dict[str, Any]]:
         return json.loads((folder / "1-0.json").read_text()), json.loads((folder / "2-0.json").read_text())
 
 
-def page(one: dict[str, Any], two: dict[str, Any]) -> str:
+def page(one: dict[str, Any], two: dict[str, Any], load: float) -> str:
     # of a ring of two: every byte goes once, and a message without contents takes two hops
     bandwidth, latency = two["large_bytes"] / two["large"], two["latency"] / 2
     links = [
@@ -235,7 +236,8 @@ def page(one: dict[str, Any], two: dict[str, Any]) -> str:
         f"An outer step is {INNER} inner steps and a hypergradient by `neumann` with {TERMS} terms, on a batch "
         f"of {BATCH} rows in float32: all of it in one process, or half of it in each of two, on two cores. The "
         f"quickest of {STEPS} steps, by the clock on the wall: other work on the same cores is in it, and numbers of "
-        "another day differ by tens of percent. What is sent is counted, and exact.",
+        f"another day differ by tens of percent. Before the measurement {load:.1f} other processes were running on "
+        f"{os.cpu_count()} cores, on average over a minute. What is sent is counted, and exact.",
         "",
         f"{versions_line()} Command: `make benchmark-distributed`",
         "(`python benchmarks/distributed.py --write docs/benchmarks-distributed.md`).",
@@ -311,7 +313,8 @@ def main() -> None:
     if arguments.worker is not None:
         worker(int(arguments.worker[0]), int(arguments.worker[1]), Path(arguments.worker[2]))
         return
-    text = page(*measure())
+    load = os.getloadavg()[0]
+    text = page(*measure(), load)
     print(text)
     if arguments.write is not None:
         arguments.write.write_text(text)

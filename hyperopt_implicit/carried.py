@@ -41,6 +41,16 @@ def fitting(state: State, problem: BilevelProblem) -> State:
     return ordered
 
 
+def brought_back(state: Any, problem: BilevelProblem) -> Any:
+    """The same, its vectors on the device of w and λ: a file is read into the processor's memory."""
+    if not isinstance(state, dict):
+        return state
+    for space in (problem.params, problem.hparams):
+        if state.keys() == space.keys() and all(isinstance(x, Tensor) for x in state.values()):
+            return {name: x.to(space[name].device) for name, x in state.items()}
+    return {key: brought_back(x, problem) for key, x in state.items()}
+
+
 def _vectors(name: str, value: Any) -> Iterator[tuple[str, Params]]:
     """The dicts of tensors that are nested in a state, with the key under which each stands."""
     if not isinstance(value, dict):

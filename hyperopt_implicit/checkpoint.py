@@ -84,7 +84,8 @@ class Checkpoints:
         if not isinstance(folder, str | Path) or not str(folder):
             raise CheckpointError(f"checkpoint must be the name of a folder; got {folder!r}.")
         self.folder = Path(folder)
-        if self.folder.exists() and not self.folder.is_dir():
+        self._place = self.folder.absolute()  # wherever the process goes from here
+        if self._place.exists() and not self._place.is_dir():
             raise CheckpointError(f"checkpoint must be a folder; {self.folder} is a file. Name another.")
         self._every = every
         self.least_seconds, self.share = least_seconds, share
@@ -105,7 +106,7 @@ class Checkpoints:
 
         try:
             self.prepare()
-            self._lock = FileLock(self.folder / _LOCK)
+            self._lock = FileLock(self._place / _LOCK)
             self._lock.acquire(timeout=_LOCK_SECONDS)
         except Timeout:
             raise CheckpointError(
@@ -163,11 +164,17 @@ class Checkpoints:
                 f"{files[-1].name}. Go on with that run (resume=True, or --resume), or name another folder."
             )
 
+    def clear(self) -> None:
+        """Remove all checkpoints: those of a run that is begun anew would pass for its newest."""
+        for path in self._files():
+            with contextlib.suppress(OSError):
+                path.unlink()
+
     def _files(self) -> list[Path]:
         """The checkpoints, oldest first."""
-        if not self.folder.is_dir():
+        if not self._place.is_dir():
             return []
-        return sorted(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name))
+        return sorted(path for path in self._place.iterdir() if _NAME.fullmatch(path.name))
 
     # ---------------------------------------------------------------------------------------------------------- writing
 
@@ -198,7 +205,7 @@ class Checkpoints:
             raise CheckpointError(
                 "a checkpoint may hold tensors, numbers, text and containers of them, so that reading it runs no code; "
                 f"what was to be saved holds {_foreign(error)}. Look at the options of the optimizers and "
-                "schedulers, and at what callbacks return from state_dict."
+                "schedulers, and at what callbacks, data and modules return from state_dict and get_extra_state."
             ) from error
 
     def prepare(self) -> None:
@@ -207,15 +214,10 @@ class Checkpoints:
         Raises:
             OSError: that cannot be done.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for path in self.folder.iterdir():
+        self._place.mkdir(parents=True, exist_ok=True)
+        for path in self._place.iterdir():
             if _UNFINISHED.fullmatch(path.name):
                 path.unlink(missing_ok=True)
-
-    def clear(self) -> None:
-        """Remove all checkpoints, so that those of a run that begins anew do not stand behind them."""
-        for path in self._files():
-            path.unlink(missing_ok=True)
 
     def save(self, state: Mapping[str, Any], steps: int) -> bool:
         """Save a state after so many outer steps; says whether that was possible. Costs a warning where it was not."""
@@ -239,8 +241,8 @@ class Checkpoints:
 
     def _write(self, state: Mapping[str, Any], steps: int) -> Path:
         began = time.monotonic()
-        path = self.folder / f"step-{steps:09d}.pt"
-        unfinished = self.folder / f".{path.name}.{os.getpid()}"
+        path = self._place / f"step-{steps:09d}.pt"
+        unfinished = self._place / f".{path.name}.{os.getpid()}"
         try:
             with unfinished.open("wb") as file:
                 torch.save(_compact(state), file)
@@ -249,7 +251,7 @@ class Checkpoints:
                     os.fsync(file.fileno())
             unfinished.replace(path)
             if self._durable:
-                _flush_folder(self.folder)
+                _flush_folder(self._place)
         except BaseException as error:
             with contextlib.suppress(OSError):
                 unfinished.unlink()

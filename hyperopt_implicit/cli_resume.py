@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from hyperopt_implicit.cli_output import out
+from hyperopt_implicit.distributed import is_first, several
 
 _INTERRUPTED = 130  # the exit code of what Ctrl-C has ended
 
@@ -57,5 +58,7 @@ def resumable(
     except KeyboardInterrupt:
         words = [hidden.get(word, word) for word in present_command(context, name, instead)]
         command = shlex.join(["hyperopt-implicit", *words])
-        out.print(f"interrupted; go on with\n  {escape(command)}", soft_wrap=True, highlight=False)
+        how = "start all processes again, each with" if several() else "go on with"
+        if is_first():
+            out.print(f"interrupted; {how}\n  {escape(command)}", soft_wrap=True, highlight=False)
         raise typer.Exit(_INTERRUPTED) from None

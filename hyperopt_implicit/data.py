@@ -16,7 +16,7 @@ from torch.utils.data.dataloader import _DatasetKind, _SingleProcessDataLoaderIt
 
 from hyperopt_implicit.errors import DataError
 from hyperopt_implicit.messages import warn
-from hyperopt_implicit.randomness import AllGenerators, random_states
+from hyperopt_implicit.randomness import AllGenerators, differing
 
 Data = Iterable[Any]
 
@@ -145,19 +145,24 @@ class BatchStream:
 
     def remember(self, generators: AllGenerators) -> None:
         """From now on, note where the generators stand when a pass begins; without, :meth:`state_dict` is of no use."""
-        if not self.is_list and not _knows_its_place(self._data):
+        if not self.is_list:
             self._generators = generators
 
     def state_dict(self) -> dict[str, Any]:
         """The place of the stream, with a batch that was looked at and not yet taken."""
+        # a batch may hold what no checkpoint can; the very first, at which a run looks before it begins, is read again
+        only_looked = self._start is not None and self._passes == self._taken == len(self._ahead) == 1
+        knows = _knows_its_place(self._data) and not only_looked
         return {
             "passes": self._passes,
             "taken": self._taken,
             "length": number_of_batches(self._data),
-            "ahead": [] if self.is_list else list(self._ahead),
+            "ahead": [] if self.is_list or only_looked else list(self._ahead),
             "looked": len(self._ahead),
+            "only_looked": only_looked,
             "start": self._start,
-            "own": self._data.state_dict() if _knows_its_place(self._data) else None,  # type: ignore[attr-defined]
+            "now": None if self._start is None or self._generators is None else self._generators.states(),
+            "own": self._data.state_dict() if knows else None,  # type: ignore[attr-defined]
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -174,16 +179,25 @@ class BatchStream:
         if self.is_list:
             self._taken -= state["looked"]
             self._iterator = islice(iter(self._data), self._taken, None)
+        elif state["only_looked"]:
+            assert self._generators is not None and self._start is not None
+            self._generators.put_back(self._start)
+            self._passes, self._iterator = 0, iter(())
+            self.peek()
         elif state["own"] is not None:
             self._data.load_state_dict(state["own"])  # type: ignore[attr-defined]
             self._iterator = iter(self._data)
         elif self._start is None:
             self._iterator = iter(())  # no pass was begun
         else:
-            self._begin_again()  # one that is through as well: it may draw once more as it finds that out
+            self._begin_again(state["now"])  # one that is through as well: it may draw once more as it finds that out
 
-    def _begin_again(self) -> None:
-        """Begin the present pass once more, and leave out what was taken of it."""
+    def _begin_again(self, now: Mapping[str, Any]) -> None:
+        """Begin the present pass once more, and leave out what was taken of it.
+
+        Args:
+            now: where the generators stand after that, and after all else that has drawn from them in the meantime.
+        """
         assert self._generators is not None and self._start is not None
         set_epoch = getattr(getattr(self._data, "sampler", None), "set_epoch", None)
         if callable(set_epoch):
@@ -191,22 +205,24 @@ class BatchStream:
         self._generators.put_back(self._start)
         self._iterator = iter(self._data)
         index = _next_index(self._iterator)
-        if index is not None:
-            for _ in range(self._taken):
-                index()
-            return
-        draws = False
-        for i in range(self._taken):
-            before = random_states(self._device)
-            next(self._iterator, None)
-            if i and not draws:
-                draws = any(not torch.equal(x, y) for x, y in zip(before, random_states(self._device), strict=True))
-        if draws or getattr(self._data, "persistent_workers", False):
+        take = index if index is not None else lambda: next(self._iterator, None)
+        first: dict[str, Any] | None = None
+        for _ in range(self._taken):
+            take()
+            first = first or self._generators.states()
+        last = self._generators.states()
+        drawn = set() if first is None else differing(first, last)
+        shared = drawn & differing(last, now)
+        torchs = any(kind == "torch" for kind, _ in (shared if index is not None else drawn))
+        persistent = index is None and getattr(self._data, "persistent_workers", False)
+        if torchs or shared or persistent:
             warn(
                 f"{self._role} is iterated in a way whose place cannot be found again for certain: "
                 + (
                     "it draws from torch's generator with each batch, as the training does in between. "
-                    if draws
+                    if torchs
+                    else "it draws with each batch from a generator that something else draws from as well. "
+                    if shared
                     else "with persistent_workers=True, what its workers draw depends on all passes before. "
                 )
                 + "What follows may differ from what a run without a break would have seen. Give it a generator of its "

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hyperopt_implicit.argument_checks import check_list, is_number, shown
 from hyperopt_implicit.backend import Hypergradient, Spec, State, get_backend
-from hyperopt_implicit.carried import fitting
+from hyperopt_implicit.carried import brought_back, fitting
 from hyperopt_implicit.data import to_device
 from hyperopt_implicit.errors import CheckpointError, HyperoptError, ProblemError
 from hyperopt_implicit.guarded_step import GuardedStep, OnFailure, check_policy, honest
@@ -25,7 +25,8 @@ from hyperopt_implicit.mixed_precision import inner_precision as precision_of
 from hyperopt_implicit.out_of_memory import FittingBatches
 from hyperopt_implicit.preflight import preflight
 from hyperopt_implicit.problem import BilevelProblem, check_problem
-from hyperopt_implicit.replicas import check_alike, sync_buffers
+from hyperopt_implicit.replicas import check_alike, refuse_differences, sync_buffers
+from hyperopt_implicit.saved_state import load_optimizer_state, load_state_apart, state_apart
 
 
 def hypergradient(
@@ -70,6 +71,7 @@ def hypergradient(
     chosen = get_backend(backend).for_problem(problem)
     training, validation = _batches(problem, training_batches, validation_batch)
     chosen.check_steps(len(training))
+    refuse_differences(problem, chosen)
     sync_buffers(problem.model)
     preflight(problem, chosen, training[0], validation)
     return chosen.hypergradient(problem, training, validation, fitting(state or {}, problem))
@@ -222,6 +224,7 @@ class HyperOptimizer:
         """Hyperparameters, outer optimizer, the backend's carried state, how many batches fit, and a loss's scale."""
         return {
             "hyperparameters": self.problem.hyperparameters.state_dict(),
+            "other_buffers": state_apart(self.problem.hyperparameters),
             "optimizer": self.optimizer.state_dict(),
             "backend_state": self.state,
             "most_batches": self._fitting.most,
@@ -245,13 +248,14 @@ class HyperOptimizer:
             )
         try:
             self.problem.hyperparameters.load_state_dict(state["hyperparameters"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_state_apart(self.problem.hyperparameters, state.get("other_buffers", {}))
+            load_optimizer_state(self.optimizer, state["optimizer"])
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:  # torch's
             raise CheckpointError(
                 "the state must be that of a HyperOptimizer with the same hyperparameters and the same kind of "
                 f"optimizer; it is not: {' '.join(str(error).split())[:300]}"
             ) from error
-        self.state = fitting(state["backend_state"], self.problem)
+        self.state = fitting(brought_back(state["backend_state"], self.problem), self.problem)
         self._fitting.most = state.get("most_batches")
         self.inner_precision.load_state_dict(state.get("inner_precision", {}))
         self.problem.sync_optimizer()

@@ -26,6 +26,7 @@ from hyperopt_implicit.messages import warn
 from hyperopt_implicit.micro_batches import take
 from hyperopt_implicit.mixed_precision import training_in
 from hyperopt_implicit.plain_training import PlainTraining
+from hyperopt_implicit.saved_state import load_module_state, load_optimizer_state, module_state
 from hyperopt_implicit.snapshot import Copies, Snapshot
 from hyperopt_implicit.vectors import is_finite, norm
 
@@ -95,11 +96,8 @@ class OuterLoop:
 
     def state_dict(self) -> dict[str, Any]:
         """Model, optimizers, hyperparameters, schedules, and the places in both streams."""
-        model = self.problem.model
-        kept = model.state_dict()
         return {
-            "model": kept,
-            "other_buffers": {name: b for name, b in model.named_buffers() if name not in kept},
+            "model": module_state(self.problem.model),
             "inner_optimizer": self.problem.optimizer.state_dict(),
             "outer": self.outer.state_dict(),
             "schedulers": [each.state_dict() for each in self.schedulers],
@@ -112,12 +110,8 @@ class OuterLoop:
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what :meth:`state_dict` gave; the generators are left anywhere."""
-        model = self.problem.model
-        model.load_state_dict(state["model"])
-        buffers = dict(model.named_buffers())
-        for name, buffer in state["other_buffers"].items():
-            buffers[name].copy_(buffer)
-        self.problem.optimizer.load_state_dict(state["inner_optimizer"])
+        load_module_state(self.problem.model, state["model"])
+        load_optimizer_state(self.problem.optimizer, state["inner_optimizer"])
         self.outer.load_state_dict(state["outer"])
         for scheduler, each in zip(self.schedulers, state["schedulers"], strict=True):
             scheduler.load_state_dict(each)
@@ -313,12 +307,16 @@ class Run:
             )
 
     def _decide(self, step: int, record: OuterStep) -> None:
-        waited = step - self._mark_step - ((self._sweep.maxlen or 1) - 1)
-        if self.patience is not None and waited >= self.patience:
+        if self._waited(step):
             self.stop_reason = self.stop_reason or "no improvement"
         wanted = [bool(callback(record, self.loop.problem)) for callback in self.callbacks]
         if any(agree(any_=wanted)):
             self.stop_reason = self.stop_reason or "stopped by a callback"
+
+    def _waited(self, step: int) -> bool:
+        """Whether patience is at its end."""
+        waited = step - self._mark_step - ((self._sweep.maxlen or 1) - 1)
+        return self.patience is not None and waited >= self.patience
 
     def result(self) -> Result:
         problem = self.loop.problem
@@ -363,7 +361,14 @@ class Run:
             self.good.load_state_dict(state["good"])
         for name in _REMEMBERED:
             setattr(self, name, state[name])
-        if self.stop_reason == "interrupted":
+        self.is_good = is_finite(self.loop.problem.params)
+        # what says when to stop may have changed since
+        failed = self._failures_in_a_row >= self.max_failures
+        if (
+            self.stop_reason == "interrupted"
+            or (self.stop_reason == "no improvement" and not self._waited(len(self.history) - 1))
+            or (self.stop_reason == "too many failed steps" and not failed)
+        ):
             self.stop_reason = None
 
     @torch.no_grad()

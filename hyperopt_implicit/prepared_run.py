@@ -25,6 +25,7 @@ from hyperopt_implicit.messages import warn
 from hyperopt_implicit.outer_loop import OuterLoop, Run
 from hyperopt_implicit.problem import BilevelProblem
 from hyperopt_implicit.randomness import random_states, replaying
+from hyperopt_implicit.replicas import check_alike
 from hyperopt_implicit.report import Report
 from hyperopt_implicit.run_state import RunKeeper, identity_of
 from hyperopt_implicit.tracking import RunTracker, Tracking
@@ -141,6 +142,8 @@ class PreparedRun:
 
     def _begin(self, callbacks: list[Callback], tracking: Tracking | bool, keeper: RunKeeper | None) -> None:
         options, problem, outer = self.options, self.problem, self.outer
+        # a seed of its own gives each process random layers of its own
+        check_alike(problem, outer.backend, {name: x for name, x in self._described.items() if name != "seed"})
         loop = OuterLoop(
             outer=outer,
             inner_steps=options.inner_steps,
@@ -156,7 +159,7 @@ class PreparedRun:
                 if make is not None
             ],
         )
-        saved = None if keeper is None else keeper.found(identity_of(outer, self._described))
+        saved = None if keeper is None else keeper.found(identity_of(outer, self._described, loop.schedulers))
         self.run = Run(
             loop,
             patience=options.patience,
@@ -167,12 +170,12 @@ class PreparedRun:
         )
         if keeper is not None:
             keeper.attach(self.run, callbacks, lambda: (self._tracker.run_id, self._tracker.token))
-        if saved is None or keeper is None:
+        if saved is not None and keeper is not None and keeper.bring_back(saved):
+            outer.checked = True
+        else:
+            saved = None
             # the only point before training at which the data and both losses are touched
             outer.check(loop.training.peek(), loop.validation.peek())
-        else:
-            keeper.bring_back(saved)
-            outer.checked = True
         run_id, token = (None, None) if saved is None or keeper is None or keeper.lenient else saved.state["tracked"]
         reports = [each for each in callbacks if isinstance(each, Report)]
         self._tracker = RunTracker(

@@ -1,21 +1,24 @@
 """The state of random generators: taken down, and put back for what is to draw the same again.
 
 Torch's own are enough for a step or a loss that is done over. A run that another process goes on with needs all of
-them: numpy's, Python's, and those that its data holds.
+them: numpy's, Python's, and those that its data, its losses and its model hold.
 """
 
 from __future__ import annotations
 
+import functools
 import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 _DEPTH = 5  # of attributes and containers in which data is searched for generators
+_LIBRARIES = ("builtins", "torch", "numpy", "random", "typing", "abc", "collections", "hyperopt_implicit")
 _MANY = 1000  # a container of more is data, and not looked through
 
 
@@ -50,16 +53,16 @@ def replaying(states: list[Tensor], device: torch.device) -> Iterator[None]:
 
 
 class AllGenerators:
-    """Every generator that a run may draw from: torch's, numpy's, Python's, and those that its data holds.
+    """Every generator that a run may draw from: torch's, numpy's, Python's, and those that what it works with holds.
 
     Args:
         device: of the run.
-        data: what is searched for generators: loaders, their samplers and datasets.
+        holders: what is searched for generators: loaders, with their samplers and datasets, losses, modules.
     """
 
-    def __init__(self, device: torch.device, data: Sequence[Any]) -> None:
+    def __init__(self, device: torch.device, holders: Sequence[Any]) -> None:
         self._device = device
-        self._own = [generator for each in data for generator in generators_in(each)]
+        self._own = [generator for each in holders for generator in generators_in(each)]
 
     def states(self) -> dict[str, Any]:
         """Their states, as tensors, numbers and containers of them."""
@@ -85,27 +88,79 @@ class AllGenerators:
             _put_into(each, state)
 
 
-def generators_in(data: Any) -> list[Any]:
-    """The generators of torch, numpy and Python that are reachable from an object by its attributes and containers."""
+def differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> set[tuple[str, int]]:
+    """Which generators stand elsewhere in the second of two that :meth:`AllGenerators.states` gave."""
+    kinds = {kind: ([before[kind]], [after[kind]]) for kind in ("python", "numpy")}
+    kinds |= {kind: (before[kind], after[kind]) for kind in ("torch", "own")}
+    return {
+        (kind, i)
+        for kind, (left, right) in kinds.items()
+        for i, (x, y) in enumerate(zip(left, right, strict=False))
+        if not (torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x == y)
+    }
+
+
+def generators_in(holder: Any) -> list[Any]:
+    """The generators of torch, numpy and Python that are reachable from an object.
+
+    By attributes, its own and its class's, by containers, and from functions by what they close over, their defaults,
+    and the global names that they use. Modules inside are left out: each is a holder of its own.
+    """
     found: list[Any] = []
     seen: set[int] = set()
-    level = [data]
+    level = [holder]
     for _ in range(_DEPTH):
         deeper: list[Any] = []
         for each in level:
-            if id(each) in seen or isinstance(each, Tensor | nn.Module | str | bytes | type):
+            inner = isinstance(each, nn.Module) and each is not holder
+            if id(each) in seen or inner or isinstance(each, Tensor | str | bytes | type):
                 continue
             seen.add(id(each))
             if _is_generator(each):
                 found.append(each)
-            elif isinstance(each, Mapping):
-                deeper += each.values() if len(each) <= _MANY else ()
-            elif isinstance(each, list | tuple | set):
-                deeper += each if len(each) <= _MANY else ()
             else:
-                deeper += getattr(each, "__dict__", {}).values()
+                deeper += _parts_of(each)
         level = deeper
     return found
+
+
+def _parts_of(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return list(value.values()) if len(value) <= _MANY else []
+    if isinstance(value, list | tuple | set):
+        return list(value) if len(value) <= _MANY else []
+    if isinstance(value, functools.partial):
+        return [value.func, value.args, value.keywords]
+    if isinstance(value, MethodType):
+        return [value.__self__, value.__func__]
+    parts = list(getattr(value, "__dict__", {}).values())
+    if isinstance(value, FunctionType):
+        return [*parts, *_used_by(value)]
+    for kind in type(value).__mro__:
+        if kind.__module__.partition(".")[0] in _LIBRARIES:
+            continue
+        slots = kind.__dict__.get("__slots__", ())
+        parts += [getattr(value, name, None) for name in ((slots,) if isinstance(slots, str) else slots)]
+        parts += [each for each in kind.__dict__.values() if isinstance(each, FunctionType) or _is_generator(each)]
+    return parts
+
+
+def _used_by(function: FunctionType) -> list[Any]:
+    """What a function draws on: cells, defaults, generators and functions of its own file by their global names."""
+    used = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    for cell in function.__closure__ or ():
+        try:
+            used.append(cell.cell_contents)
+        except ValueError:  # it is not set yet
+            continue
+    if function.__module__ is None or function.__module__.partition(".")[0] not in _LIBRARIES:
+        named = [function.__globals__.get(name) for name in function.__code__.co_names]
+        used += [
+            each
+            for each in named
+            if _is_generator(each) or (isinstance(each, FunctionType) and each.__globals__ is function.__globals__)
+        ]
+    return used
 
 
 def _is_generator(value: Any) -> bool:

@@ -47,6 +47,20 @@ def check_alike(problem: BilevelProblem, backend: Backend, options: Mapping[str,
         from_first(x)
 
 
+def refuse_differences(problem: BilevelProblem, backend: Backend) -> None:
+    """The same comparison, of the values of parameters and hyperparameters as well; nobody's are changed.
+
+    Raises:
+        DistributedError: processes differ.
+    """
+    if not several():
+        return
+    values = {f"parameter {name!r}": x for name, x in problem.params.items()}
+    values |= {f"hyperparameter {name!r}": x for name, x in problem.hparams.items()}
+    sums = {f"the values of {name}": _sum(x) for name, x in values.items()}
+    _compare(exchanged(_facts(problem, backend, {}) | sums))
+
+
 def sync_buffers(model: nn.Module) -> None:
     """Make a model's buffers the same in all processes; called by all.
 
@@ -115,6 +129,8 @@ def _remedy(name: str) -> str:
         return "Set OMP_NUM_THREADS, or torch.set_num_threads, to one number for all: sums are rounded by it."
     if name.startswith(("the version", "the kind")):
         return "Run all of them with the same versions and on the same kind of device: they decide by their numbers."
+    if name.startswith("the values"):
+        return "Load the same into all of them, or call check_alike first, which gives all the first one's."
     return "Build the model, the problem and the run from the same code and arguments in each of them."
 
 
@@ -134,6 +150,12 @@ def _optimizer_state(problem: BilevelProblem) -> Iterator[tuple[str, Tensor]]:
         for key in sorted(map(str, kept)):
             if isinstance(kept[key], Tensor):
                 yield f"{key!r} of the inner optimizer for {name!r}", kept[key]
+
+
+def _sum(x: Tensor) -> str:
+    """A number by which values are told apart; others with the same sum of squares are not meant to be found."""
+    x = torch.view_as_real(x.detach()) if x.is_complex() else x.detach()
+    return f"a tensor of norm {float(x.double().norm()):.17g} and sum {float(x.double().sum()):.17g}"
 
 
 def _shown(value: Any) -> str:

@@ -5,11 +5,13 @@ How that is written to a folder is in ``checkpoint.py``; when it is done, in ``p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from hyperopt_implicit.checkpoint import Checkpoints, Saved
 from hyperopt_implicit.data import number_of_batches
@@ -23,7 +25,7 @@ from hyperopt_implicit.distributed import (
     world_size,
 )
 from hyperopt_implicit.errors import CheckpointError, HyperoptError
-from hyperopt_implicit.messages import first_line, warn
+from hyperopt_implicit.messages import warn
 from hyperopt_implicit.randomness import AllGenerators
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ Result = TypeVar("Result")
 
 _FORMAT = 1
 _MAY_CHANGE = ("outer_steps", "patience", "min_delta", "max_failures", "on_failure")
+_PARTS = {"torch": str, "threads": int, "tracked": list | tuple, "run": dict, "processes": list}
 _SHOWN = 5  # differences at most in a message
 
 
@@ -47,6 +50,7 @@ class RunKeeper:
         lenient: whether a run that cannot be brought back or saved begins anew, with a warning; else it is refused. It
             is tracked anew in either case, and not saved before its first step.
         goes_on: is told from which outer step on a run is gone on with.
+        apart: what must be the same beside what :func:`identity_of` knows, as text by name.
     """
 
     def __init__(
@@ -56,7 +60,9 @@ class RunKeeper:
         resume: bool,
         lenient: bool = False,
         goes_on: Callable[[int], None] = lambda steps: None,
+        apart: Mapping[str, str] | None = None,
     ) -> None:
+        self._apart = dict(apart or {})
         self._goes_on = goes_on
         self._checkpoints = checkpoints
         self._resume = resume
@@ -78,7 +84,7 @@ class RunKeeper:
         Raises:
             CheckpointError: there is one, and it must not be gone on with, or cannot.
         """
-        self._identity = dict(identity)
+        self._identity = {**identity, **self._apart}
         return _from_first(self._found)
 
     def _found(self) -> Saved | None:
@@ -98,13 +104,22 @@ class RunKeeper:
             saved = self._checkpoints.newest()
             if saved is not None:
                 _refuse_differences(saved, self._identity)
+                if saved.state["threads"] != torch.get_num_threads() and not self.lenient:
+                    warn(
+                        f"{saved.path} was written with torch.get_num_threads() = {saved.state['threads']}, and that "
+                        f"is {torch.get_num_threads()} now: the run goes on, but its last digits may differ from those "
+                        "it would have had."
+                    )
         except CheckpointError as error:
             if not self.lenient:
                 raise
-            warn(f"begins anew: {error}")
-            self._checkpoints.clear()
+            self._begin_anew(error)
             return None
         return saved
+
+    def _begin_anew(self, error: Exception) -> None:
+        self._checkpoints.clear()
+        warn(f"begins anew: {error}")
 
     def attach(
         self, run: Run, callbacks: Sequence[Callback], tracked: Callable[[], tuple[str | None, str | None]]
@@ -118,32 +133,60 @@ class RunKeeper:
         """
         self._run, self._callbacks, self._tracked = run, list(callbacks), tracked
         problem = run.loop.problem
-        self._generators = AllGenerators(problem.device, [problem.training_data, problem.validation_data])
+        holders: list[Any] = [problem.training_data, problem.validation_data]
+        holders += [problem.loss_source(role) for role in ("training_loss", "validation_loss")]
+        holders += [*problem.model.modules(), *problem.hyperparameters.modules()]
+        self._generators = AllGenerators(problem.device, holders)
         run.loop.training.remember(self._generators)
         run.loop.validation.remember(self._generators)
 
-    def bring_back(self, saved: Saved) -> None:
-        """Put the run into the state that was saved, all but the generators.
+    def bring_back(self, saved: Saved) -> bool:
+        """Put the run into the state that was saved, all but the generators; says whether that was possible.
 
         Raises:
-            CheckpointError: it does not fit.
+            CheckpointError: it does not fit, and the run is not to begin anew for that.
         """
-        run = saved.state["run"]
-        own = saved.state["processes"][rank() % len(saved.state["processes"])]
-        run["loop"].update(own["streams"])
+        generators = self._generators.states()
+        before = copy.deepcopy(self._run.state_dict()) if self.lenient else None
         try:
-            self._run.load_state_dict(run)
-        except HyperoptError:
-            raise
-        except (KeyError, RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise CheckpointError(
-                f"a run is resumed with the model, optimizers, schedulers and data that it was begun with; "
-                f"{saved.path} does not fit these: {first_line(error)}"
-            ) from error
-        for callback, (kind, state) in zip(self._callbacks, saved.state["callbacks"], strict=False):
+            try:
+                self._bring_back(saved)
+            except (KeyError, RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+                raise CheckpointError(
+                    f"a run is resumed with the model, optimizers, schedulers, data and callbacks that it was begun "
+                    f"with; {saved.path} does not fit these: {' '.join(str(error).split())[:300]}. Put them back, or "
+                    "begin a new run in another folder."
+                ) from error
+        except HyperoptError as error:
+            if before is None:
+                raise
+            self._run.load_state_dict(before)
+            self._generators.put_back(generators)
+            self._begin_anew(error)
+            return False
+        return True
+
+    def _bring_back(self, saved: Saved) -> None:
+        own = saved.state["processes"][rank() % len(saved.state["processes"])]
+        run = {**saved.state["run"], "loop": {**saved.state["run"]["loop"], **own["streams"]}}
+        self._run.load_state_dict(run)
+        self._generators.put_back(own["generators"])  # which is done again; here it can still be refused
+        waiting = list(self._callbacks)
+        for kind, state in saved.state["callbacks"]:
+            same = (each for each in waiting if type(each).__qualname__ == kind)
+            callback = next(same, None)
+            if callback is not None:
+                waiting.remove(callback)
+            if state is None:
+                continue
             load = getattr(callback, "load_state_dict", None)
-            if state is not None and callable(load) and type(callback).__qualname__ == kind:
+            if callable(load):
                 load(state)
+            else:
+                warn(
+                    f"{saved.path} holds the state of a callback {kind}, and none of the callbacks takes it: the run "
+                    "goes on without. Pass the callbacks with which it was begun."
+                )
         self._goes_on(len(self._run.history))
 
     def bring_back_generators(self, saved: Saved) -> None:
@@ -197,6 +240,7 @@ class RunKeeper:
         return {
             "format": _FORMAT,
             "torch": str(torch.__version__),
+            "threads": torch.get_num_threads(),
             "identity": self._identity,
             "tracked": self._tracked(),
             "run": run,
@@ -228,7 +272,9 @@ def _from_first(call: Callable[[], Result]) -> Result:
     return cast(Result, told)
 
 
-def identity_of(outer: HyperOptimizer, options: Mapping[str, Any]) -> dict[str, str]:
+def identity_of(
+    outer: HyperOptimizer, options: Mapping[str, Any], schedulers: Sequence[LRScheduler] = ()
+) -> dict[str, str]:
     """What must be the same for a run to be gone on with, as text by name; taken before the first step."""
     problem = outer.problem
     found = {name: repr(value) for name, value in options.items() if name not in _MAY_CHANGE}
@@ -237,6 +283,11 @@ def identity_of(outer: HyperOptimizer, options: Mapping[str, Any]) -> dict[str, 
         found[f"parameter {name}"] = _kind(p)
     for name, p in problem.hparams.items():
         found[f"hyperparameter {name}"] = _kind(p)
+    for name, buffer in problem.model.named_buffers():
+        found[f"buffer {name}"] = _kind(buffer)
+    found["default dtype"] = str(torch.get_default_dtype()).removeprefix("torch.")
+    for i, each in enumerate(schedulers):
+        found[f"scheduler {i}"] = f"{type(each).__name__}({', '.join(_settings(each))})"
     tuned = problem.hyperparameters.names("optimizer")
     for role, optimizer in (("inner", problem.optimizer), ("outer", outer.optimizer)):
         found[f"{role} optimizer"] = type(optimizer).__name__
@@ -248,6 +299,15 @@ def identity_of(outer: HyperOptimizer, options: Mapping[str, Any]) -> dict[str, 
         data = getattr(problem, role)
         found[f"batches of {role}"] = str(None if data is None else number_of_batches(data))
     return found
+
+
+def _settings(scheduler: LRScheduler) -> Iterator[str]:
+    """The options of a scheduler; rates are those of its optimizer, and places in the schedule are no options."""
+    for name, value in vars(scheduler).items():
+        values = value if isinstance(value, list | tuple) else [value]
+        plain = all(isinstance(x, int | float | str | None) for x in values)
+        if plain and not name.startswith("_") and name not in ("base_lrs", "last_epoch", "optimizer"):
+            yield f"{name}={value!r}"
 
 
 def _kind(p: Tensor) -> str:
@@ -268,6 +328,13 @@ def _refuse_differences(saved: Saved, now: Mapping[str, str]) -> None:
         raise CheckpointError(
             f"a checkpoint must be one of hyperopt_implicit.optimize, in format {_FORMAT}; {saved.path} has format "
             f"{state.get('format')!r}. Resume it with the version that wrote it, or name another folder."
+        )
+    missing = [name for name, kind in _PARTS.items() if not isinstance(state.get(name), kind) or not state[name]]
+    missing += [] if "callbacks" in state else ["callbacks"]
+    if missing:
+        raise CheckpointError(
+            f"a checkpoint must hold all of a run; {saved.path} is without {', '.join(missing)}. Remove it, and the "
+            "one before is used, or name another folder."
         )
     before: dict[str, str] = dict(state["identity"])
     processes = len(state["processes"])

@@ -49,7 +49,12 @@ class TrialCheckpoints:
             place, every=self._every, least_seconds=0.0, share=_SHARE, free_seconds=_FREE_SECONDS, durable=False
         )
         return RunKeeper(
-            checkpoints, resume=True, lenient=True, goes_on=lambda steps: trial.set_user_attr(GONE_ON_FROM, steps)
+            checkpoints,
+            resume=True,
+            lenient=True,
+            goes_on=lambda steps: trial.set_user_attr(GONE_ON_FROM, steps),
+            # a study of the same name that is gone may have left a trial of other knobs
+            apart={f"knob {name}": repr(value) for name, value in sorted(trial.params.items())},
         )
 
     def forget(self, trial: Trial) -> None:

@@ -23,7 +23,7 @@ from hyperopt_implicit.auxiliary import LinearCombiner, MetaOptimizer
 from hyperopt_implicit.minimizer import minimizer
 from hyperopt_implicit.operators import gradients
 from hyperopt_implicit.plain_training import PlainTraining
-from hyperopt_implicit.replicas import check_alike, sync_buffers
+from hyperopt_implicit.replicas import sync_buffers
 from hyperopt_implicit.testing.specimens import (
     half_mean_square,
     logistic_problem,
@@ -296,6 +296,7 @@ def refusals(share: Share) -> Found:
         other_backends,
         other_counts,
         other_threads,
+        other_values,
         other_options,
         a_population,
         a_search,
@@ -322,6 +323,13 @@ def other_counts(share: Share) -> None:
     hi.HyperOptimizer(problem, backend="cg")
 
 
+def other_values(share: Share) -> None:
+    problem = logistic_problem()
+    with torch.no_grad():
+        problem.params["weight"].fill_(distributed.rank())
+    hi.hypergradient(problem, "cg", training_batches=[share(TRAINING)], validation_batch=share(VALIDATION))
+
+
 def other_threads(share: Share) -> None:
     torch.set_num_threads(1 + distributed.rank())
     try:
@@ -331,7 +339,8 @@ def other_threads(share: Share) -> None:
 
 
 def other_options(share: Share) -> None:
-    check_alike(logistic_problem(), hi.get_backend("cg"), {"inner_steps": 10 + distributed.rank()})
+    problem = network_problem(**data_of(share))
+    hi.optimize(problem, "cg", inner_steps=10 + distributed.rank(), tracking=False, progress=False)
 
 
 def _sum_problem(model: nn.Module) -> hi.BilevelProblem:

@@ -51,6 +51,12 @@ def refused(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
             "process as many batches as the others, as a DistributedSampler with drop_last=True does.",
         ),
         (
+            "other_values",
+            "the values of parameter 'weight': in process 0 of 2 it is a tensor of norm 0 and sum 0, in process 1 it "
+            "is a tensor of norm 2 and sum 4. Load the same into all of them, or call check_alike first, which gives "
+            "all the first one's.",
+        ),
+        (
             "other_threads",
             "the number of threads (torch.get_num_threads()): in process 0 of 2 it is 1, in process 1 it is 2. Set "
             "OMP_NUM_THREADS, or torch.set_num_threads, to one number for all: sums are rounded by it.",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -48,6 +50,23 @@ def test_history_is_a_sequence() -> None:
     assert history[-1].step == 2
     assert [each.step for each in history[1:]] == [1, 2]
     assert [each.step for each in history] == [0, 1, 2]
+
+
+def test_history_that_comes_back_is_the_same_and_grows() -> None:
+    (first,) = hi.optimize(ridge(), outer_steps=1, tracking=False).history
+    other = replace(first, step=1, hyperparameters={"a": 1.0, "b": 2.0}, note="look", residual=None)
+    steps = [first, other, replace(first, step=2, note="again")]
+    history, again = hi.History(), hi.History()
+    for each in steps:
+        history.append(each)
+    state = history.state_dict()
+    history._numbers[2] = 7.0  # the state is a copy
+    again.load_state_dict(state)
+    history.append(replace(first, step=3))
+    assert list(again) == steps
+    again.append(replace(other, step=3))
+    assert again.notes == {1: "look", 2: "again", 3: "look"}
+    assert [len(each) for each in again.state_dict()["names"]] == [1, 2]  # kept once, and not for each step
 
 
 def test_result_says_where_it_ended() -> None:

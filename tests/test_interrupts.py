@@ -26,6 +26,13 @@ def test_first_signal_is_a_note_and_the_second_leaves(
     assert capsys.readouterr().err == "\nending soon\n"
 
 
+def test_without_a_message_nothing_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with listening(None) as interrupt:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.requested
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("error", [None, ValueError])
 def test_handlers_are_put_back(error: type[Exception] | None) -> None:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -190,7 +190,7 @@ LAYERS = [
     {"checkpoint"},
     {"data", "hyperparameters", "knobs", "micro_batches"},
     {"backend"},
-    {"carried"},
+    {"carried", "saved_state"},
     {
         "binding",
         "inner_state",

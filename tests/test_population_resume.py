@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import hyperopt_implicit as hi
+from hyperopt_implicit import checkpoint
 from hyperopt_implicit.checkpoint import Checkpoints
 from hyperopt_implicit.interrupts import Interrupt
 from hyperopt_implicit.population import run_together
@@ -123,6 +124,12 @@ def test_interrupted_population_is_saved_and_goes_on(tmp_path: Path) -> None:
     assert_same(together(member, tmp_path), wanted)
 
 
+def test_members_are_saved_no_earlier_than_they_are_due(tmp_path: Path) -> None:
+    """There are many, and most end before: those of a search are not even saved before their first step."""
+    together(member, tmp_path, every=100)
+    assert list(tmp_path.rglob("step-*")) == []
+
+
 def test_new_members_are_trained_at_once_beside_those_that_go_on(tmp_path: Path) -> None:
     wanted = alone(member)
     with pytest.raises(StoppedError):
@@ -134,3 +141,17 @@ def test_new_members_are_trained_at_once_beside_those_that_go_on(tmp_path: Path)
     resumed = together(member, tmp_path)
     assert resumed.groups == [[0, 2], [1]]
     assert_same(resumed, wanted)
+
+
+def test_folder_in_which_another_process_trains_the_member_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial that was taken for lost is repeated while its process still runs."""
+    monkeypatch.setattr(checkpoint, "_LOCK_SECONDS", 0.1)
+    wanted = alone(member, warmup_steps=5)
+    other = Checkpoints(tmp_path / "1")
+    other.claim()
+    with pytest.warns(hi.HyperoptWarning, match="goes on without checkpoints: .*belongs to one process at a time"):
+        found = together(member, tmp_path, warmup_steps=5)
+    assert_same(found, wanted)
+    assert [len(list((tmp_path / str(i)).glob("step-*"))) for i in range(COUNT)] == [3, 0, 3]

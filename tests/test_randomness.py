@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import numpy
 import pytest
 import torch
 from torch import Tensor
 
 import hyperopt_implicit as hi
-from hyperopt_implicit.randomness import random_states, replaying, set_random_states
+from hyperopt_implicit.randomness import AllGenerators, random_states, replaying, set_random_states
 
 from .ridge import ridge
 
@@ -49,6 +53,16 @@ def test_every_gpu_draws_the_same_again(three: Generators, device: torch.device)
     assert three.drawn == [0, 0, 0]
 
 
+def test_gpus_of_another_number_are_left_alone(three: Generators) -> None:
+    generators = AllGenerators(CPU, [])
+    states = generators.states()
+    wanted = torch.rand(3)
+    three.drawn = [4, 5]
+    generators.put_back(states)
+    assert three.drawn == [4, 5]
+    assert torch.equal(torch.rand(3), wanted)
+
+
 def test_generators_are_put_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     one = Generators(1)
     monkeypatch.setattr(torch.mps, "get_rng_state", lambda: one.states()[0])
@@ -65,6 +79,21 @@ def test_generators_are_put_back_after_an_error(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(OSError, match="the disk is full"):
         fail()
     assert one.drawn == [5] and torch.equal(torch.get_rng_state(), now)
+
+
+@pytest.mark.parametrize("kind", ["PCG64", "MT19937", "Philox", "SFC64", "RandomState"])
+def test_every_generator_of_numpy_goes_on_from_a_file(kind: str, tmp_path: Path) -> None:
+    def made(seed: int) -> Any:
+        old = kind == "RandomState"
+        return numpy.random.RandomState(seed) if old else numpy.random.Generator(getattr(numpy.random, kind)(seed))
+
+    drawn = made(1)
+    drawn.standard_normal(3)
+    torch.save(AllGenerators(CPU, [[drawn]]).states(), tmp_path / "states")
+    wanted = drawn.standard_normal(5).tolist()
+    other = made(2)
+    AllGenerators(CPU, [[other]]).put_back(torch.load(tmp_path / "states", weights_only=True))
+    assert other.standard_normal(5).tolist() == wanted
 
 
 def test_a_seed_leaves_no_gpu_seeded(monkeypatch: pytest.MonkeyPatch, three: Generators) -> None:

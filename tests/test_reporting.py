@@ -79,3 +79,16 @@ def test_what_was_reported_is_reported_by_the_trial_that_goes_on() -> None:
     again = reporter(Trial(prunes_at=9))
     again.load_state_dict(after.state_dict())
     assert again.state_dict() == before.state_dict()
+
+
+def test_trial_that_somebody_has_ended_meanwhile_ends_at_its_next_report() -> None:
+    from optuna.exceptions import UpdateFinishedTrialError
+
+    class Ended(Trial):
+        def report(self, value: float, step: int) -> None:
+            raise UpdateFinishedTrialError
+
+    before, after = reporter(Trial()), reporter(Ended())
+    run(before, [2.0, 1.0])
+    after.load_state_dict(before.state_dict())
+    assert (run(after, [0.5] * 6), after.taken) == (1, True)

@@ -157,6 +157,46 @@ def test_warm_up_resumes_in_its_middle(tmp_path: Path, monkeypatch: pytest.Monke
     assert calls == 3 + 2 + OUTER_STEPS  # two of the four parts of the warm-up were left
 
 
+class Fading(nn.Module):
+    """Adds less with each step of the training; how much, no ``state_dict`` of the model says."""
+
+    left: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+        self.register_buffer("left", torch.ones(()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.left *= 0.9
+        return self.layer(x) + self.left
+
+
+def test_buffers_that_a_model_does_not_save_resume(tmp_path: Path) -> None:
+    @hi.hyperparameter("decay", init=0.1)
+    def loss(model: Fading, batch: Tensor, *, decay: Tensor) -> Tensor:
+        return model(batch).square().mean() + decay * model.layer.weight.square().sum()
+
+    def trained(folder: Path | None, outer_steps: int) -> hi.Result:
+        torch.manual_seed(2)
+        data = [torch.randn(6, 1)]
+        problem = hi.BilevelProblem(
+            Fading(), loss, lambda model, batch: model(batch).square().mean(), training_data=data,
+            validation_data=data, optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+        )  # fmt: skip
+        return hi.optimize(
+            problem, "identity", outer_steps=outer_steps, inner_steps=2, checkpoint=folder, resume=folder is not None,
+            tracking=False,
+        )  # fmt: skip
+
+    whole = trained(None, 4)
+    trained(tmp_path, 2)
+    resumed = trained(tmp_path, 4)
+    assert difference(outcome(whole), outcome(resumed)) is None
+    assert torch.equal(whole.problem.model.get_buffer("left"), resumed.problem.model.get_buffer("left"))
+
+
 def test_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     seen: list[int] = []
     first = train("cg", tmp_path, patience=2, min_delta=10.0)
@@ -251,6 +291,26 @@ def test_signal_ends_the_step_and_saves(number: int, tmp_path: Path, capsys: pyt
     assert "saving after this outer step; interrupt again to leave at once" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.glob("step-*"))[-1] == "step-000000003.pt"
     assert difference(whole, outcome(train("cg", tmp_path))) is None
+
+
+def test_signal_in_the_warm_up_ends_it_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = outcome(train("identity", None, warmup_steps=200))
+    calls = 0
+    take = PlainTraining.take
+
+    def take_and_send(self: PlainTraining, *args: Any) -> list[float]:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return take(self, *args)
+
+    monkeypatch.setattr(PlainTraining, "take", take_and_send)
+    with pytest.raises(KeyboardInterrupt, match="interrupted after"):
+        train("identity", tmp_path, warmup_steps=200)
+    assert calls == 2
+    assert difference(whole, outcome(train("identity", tmp_path, warmup_steps=200))) is None
+    assert calls == 2 + 2 + OUTER_STEPS
 
 
 def test_second_signal_leaves_at_once(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from torch.utils.data import (
     DistributedSampler,
     IterableDataset,
     RandomSampler,
+    Subset,
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
@@ -51,14 +52,27 @@ class Own:
     """A re-iterable with generators of its own, in the order of a buffer that is shuffled."""
 
     def __init__(self) -> None:
-        self.inner = {"generators": [numpy.random.default_rng(3), random.Random(4)]}
+        self.inner = {"generators": [numpy.random.default_rng(3), random.Random(4), numpy.random.RandomState(5)]}
 
     def __iter__(self) -> Iterator[Tensor]:
-        drawn, chosen = self.inner["generators"]
+        drawn, chosen, old = self.inner["generators"]
         numbers = list(range(6))
         chosen.shuffle(numbers)
         for number in numbers:
-            yield torch.tensor([number, drawn.random()])
+            yield torch.tensor([number, drawn.random(), old.rand()])
+
+
+class Jitter(Dataset[Tensor]):
+    """Its noise comes from a generator that a part of it holds."""
+
+    def __init__(self) -> None:
+        self.transform = {"noise": seeded()}
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> Tensor:
+        return index + torch.rand((), generator=self.transform["noise"])
 
 
 class KnowsItsPlace:
@@ -103,6 +117,7 @@ KINDS = {
     "workers": lambda: loader(Noisy(), shuffle=True, num_workers=2),
     "no indices": lambda: loader(Stream()),
     "own": Own,
+    "far inside": lambda: loader(Subset(Jitter(), range(9))),
     "knows its place": KnowsItsPlace,
     "distributed": lambda: loader(sampler=DistributedSampler(NUMBERS, num_replicas=2, rank=0)),
 }
@@ -149,6 +164,16 @@ def test_what_follows_is_the_same(kind: str, before: int) -> None:
     again.load_state_dict(state[0])
     generators.put_back(state[1])
     torch.testing.assert_close(taken(again, 12), wanted, rtol=0, atol=0)
+
+
+def test_share_of_another_size_goes_on_at_the_same_place_in_the_pass() -> None:
+    """Twice as many processes have half as many batches each."""
+    data = [torch.tensor(float(i)) for i in range(12)]
+    stream, _ = opened(data)
+    taken(stream, 12 + 4)
+    again, _ = opened(data[:6])
+    again.load_state_dict(stream.state_dict())
+    assert [float(each) for each in taken(again, 5)] == [2.0, 3.0, 4.0, 5.0, 0.0]
 
 
 def test_samples_that_were_taken_are_not_loaded_again() -> None:

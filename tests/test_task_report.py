@@ -225,9 +225,10 @@ def test_report_of_a_run_that_was_resumed_is_that_of_one_that_was_not(tmp_path: 
         problem.training_data = torch.utils.data.DataLoader(torch.rand(12), 3, shuffle=True)
         hi.optimize(problem, "cg", outer_steps=steps, callbacks=[report], seed=1, tracking=False, **options)
 
-    whole, before, after = (TaskReport(losses, TASKS) for _ in range(3))
+    whole, before, between, after = (TaskReport(losses, TASKS) for _ in range(4))
     train(whole, 6)
-    train(before, 3, checkpoint=tmp_path)
+    train(before, 2, checkpoint=tmp_path)
+    train(between, 4, checkpoint=tmp_path, resume=True)
     train(after, 6, checkpoint=tmp_path, resume=True)
     assert [each.step for each in after.readings] == list(range(6))
     assert repr(after.readings) == repr(whole.readings)  # some cosines are NaN
