@@ -278,6 +278,11 @@ def _made(
             f"the outer optimizer must be a torch.optim.Optimizer; the callable made {shown(made)}. For instance "
             "lambda tensors: torch.optim.SGD(tensors, lr=0.1)."
         )
+    if isinstance(made, torch.optim.LBFGS):
+        raise HyperoptError(
+            "the outer optimizer must step by one gradient; LBFGS evaluates the loss again, by a closure. Take another, "
+            "such as torch.optim.Adam."
+        )
     for group in made.param_groups:
         lr = group.get("lr", 0.0)
         if not is_number(float(lr) if isinstance(lr, Tensor) and lr.is_floating_point() else lr):

@@ -50,4 +50,5 @@ def launched_group(device: str | None) -> Iterator[str | None]:
             "Start them with torchrun, or unset WORLD_SIZE for a run in one process."
         ) from error
     yield device
+    distributed.barrier()  # one that leaves while another still talks can abort it
     distributed.destroy_process_group()

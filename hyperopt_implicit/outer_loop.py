@@ -235,7 +235,7 @@ class Run:
     def settle(self, step: int) -> None:
         """After the move: the copy of the best model, and the schedules."""
         if self.keep_best_model and self._best_step == step:
-            self._best_model.take(list(self.loop.problem.model.state_dict().values()))
+            self._best_model.take(list(_tensors(self.loop.problem.model).values()))
         self.loop.advance_schedules(self._mean())
 
     def record(self, step: int, taken: Taken, *, lost: bool, applied: bool, seconds: tuple[float, float]) -> OuterStep:
@@ -327,7 +327,7 @@ class Run:
             validation_loss=self._mean(),
             best_validation_loss=self._best,
             best_step=self._best_step,
-            best_model_state=dict(zip(problem.model.state_dict(), self._best_model.tensors, strict=True))
+            best_model_state=dict(zip(_tensors(problem.model), self._best_model.tensors, strict=True))
             if self._best_model.tensors
             else None,
             history=self.history,
@@ -389,6 +389,11 @@ _REMEMBERED = (
     "stop_reason", "seconds", "warmed", "_best", "_best_step", "_partial", "_mark", "_mark_step", "_failures_in_a_row",
     "_failed", "_note",
 )  # fmt: skip
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The model's ``state_dict`` without what modules keep in it that is no tensor."""
+    return {name: x for name, x in model.state_dict().items() if isinstance(x, Tensor)}
 
 
 def _state(module: nn.Module) -> list[Tensor]:

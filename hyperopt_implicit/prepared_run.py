@@ -98,6 +98,11 @@ class PreparedRun:
             inner_precision=options.inner_precision,
             **lr,
         )
+        if isinstance(problem.optimizer, torch.optim.LBFGS):
+            raise HyperoptError(
+                "the inner optimizer of a run must step by one gradient; LBFGS evaluates the loss again, by a closure. "
+                "Take another, or train in a loop of your own with HyperOptimizer."
+            )
         through_training = self.outer.backend.differentiates == "trajectory"
         self.outer.backend.check_steps(options.inner_steps if through_training else options.hessian_batches)
         if not through_training:

@@ -260,6 +260,18 @@ REFUSED: dict[str, Refusal] = {
         hi.SearchError,
         "'<lambda>' must give one number for a trial's Result; it gave None.",
     ),
+    "inner optimizer with a closure": (
+        lambda model: hi.optimize(build(model, optimizer=torch.optim.LBFGS), "cg", tracking=False),
+        hi.HyperoptError,
+        "the inner optimizer of a run must step by one gradient; LBFGS evaluates the loss again, by a closure. Take "
+        "another, or train in a loop of your own with HyperOptimizer.",
+    ),
+    "outer optimizer with a closure": (
+        lambda model: run(model, outer_optimizer=torch.optim.LBFGS),
+        hi.HyperoptError,
+        "the outer optimizer must step by one gradient; LBFGS evaluates the loss again, by a closure. Take another, "
+        "such as torch.optim.Adam.",
+    ),
     "errors that are none": (
         lambda model: search(catch=["ValueError"]),
         hi.SearchError,

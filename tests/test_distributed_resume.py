@@ -71,6 +71,7 @@ result = hi.optimize(
 if distributed.is_first():
     torch.save({"outcome": outcome(result), "seen": seen}, sys.argv[3])
 if torch.distributed.is_initialized():
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 """
 ROOT = Path(__file__).parents[1]
