@@ -45,7 +45,7 @@ def validation_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return (model(x) - y).square().mean()
 
 
-def problem(width: int) -> hi.BilevelProblem:
+def problem(width: int, workers: int = 0) -> hi.BilevelProblem:
     """Three layers, Adam, and shuffled data."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1))
@@ -54,14 +54,14 @@ def problem(width: int) -> hi.BilevelProblem:
         model,
         training_loss,
         validation_loss,
-        training_data=DataLoader(data, batch_size=32, shuffle=True),
+        training_data=DataLoader(data, batch_size=32, shuffle=True, num_workers=workers),
         validation_data=[data[:64]],
         optimizer=lambda params: torch.optim.Adam(params, lr=1e-3),
     )
 
 
-def begun(width: int, keeper: RunKeeper | None) -> PreparedRun:
-    run = PreparedRun(problem(width), "identity", RunOptions(inner_steps=5), 0)
+def begun(width: int, keeper: RunKeeper | None, workers: int = 0) -> PreparedRun:
+    run = PreparedRun(problem(width, workers), "identity", RunOptions(inner_steps=5), 0)
     run.begin([], False, keeper)
     return run
 
@@ -71,6 +71,7 @@ class Row:
     """A model: its size, that of a checkpoint in bytes, and seconds of an outer step, a save and a resumption."""
 
     parameters: int
+    workers: int
     size: int
     step: float
     save: float
@@ -81,10 +82,17 @@ class Row:
         """Of a save in the time between two, at the default interval."""
         return self.save / max(DEFAULT.least_seconds, self.save / DEFAULT.share)
 
+    def line(self) -> str:
+        """Of the table."""
+        return (
+            f"| {self.parameters:,} | {self.workers} | {self.size / 1e6:.2f} MB | {self.step * 1e3:.1f} ms | "
+            f"{self.save * 1e3:.1f} ms | {self.share:.2%} | {self.resume:.3f} s |"
+        )
 
-def measured(width: int) -> Row:
+
+def measured(width: int, workers: int = 0) -> Row:
     with tempfile.TemporaryDirectory() as folder:
-        run = begun(width, RunKeeper(Checkpoints(folder, every=10**6), resume=False))
+        run = begun(width, RunKeeper(Checkpoints(folder, every=10**6), resume=False), workers)
         assert run.keeper is not None
         steps, saves, resumes = [], [], []
         for step in range(SAVES):
@@ -97,14 +105,15 @@ def measured(width: int) -> Row:
         size = max(path.stat().st_size for path in Path(folder).glob("*.pt"))
         run.close()
         for _ in range(SAVES):
-            again = PreparedRun(problem(width), "identity", RunOptions(inner_steps=5), 0)
+            again = PreparedRun(problem(width, workers), "identity", RunOptions(inner_steps=5), 0)
             started = time.perf_counter()
             again.begin([], False, RunKeeper(Checkpoints(folder), resume=True))
+            again.run.loop.training.peek()
             resumes.append(time.perf_counter() - started)
             assert len(again.run.history) == SAVES
             again.close()
     parameters = sum(p.numel() for p in run.problem.params.values())
-    return Row(parameters, size, *(statistics.median(each) for each in (steps, saves, resumes)))
+    return Row(parameters, workers, size, *(statistics.median(each) for each in (steps, saves, resumes)))
 
 
 def off() -> float:
@@ -148,7 +157,7 @@ def taking_turns(width: int) -> float:
 
 
 def page() -> str:
-    rows = [measured(width) for width in WIDTHS]
+    rows = [*(measured(width) for width in WIDTHS), measured(WIDTHS[1], workers=2)]
     nothing, small, often = off(), rows[0], taking_turns(256)
     lines = [
         "# What checkpoints cost",
@@ -156,13 +165,9 @@ def page() -> str:
         "Checkpoints are told of in [Stopping and resuming](resuming.md). A network of three layers, Adam, a shuffled",
         "`DataLoader`, and five inner steps an outer step.",
         "",
-        "| parameters | checkpoint | outer step | a save | its share of the time | reading it, until the next step |",
-        "|--:|--:|--:|--:|--:|--:|",
-        *(
-            f"| {row.parameters:,} | {row.size / 1e6:.2f} MB | {row.step * 1e3:.1f} ms | {row.save * 1e3:.1f} ms | "
-            f"{row.share:.2%} | {row.resume:.3f} s |"
-            for row in rows
-        ),
+        "| parameters | workers | checkpoint | outer step | a save | its share | reading it, until the next batch |",
+        "|--:|--:|--:|--:|--:|--:|--:|",
+        *(row.line() for row in rows),
         "",
         "A save is written, flushed to the disk and renamed. By default, of which the share is, it comes ten seconds",
         "after the last one, or 200 times as long as it takes, whichever is later.",

@@ -280,8 +280,8 @@ def _made(
         )
     if isinstance(made, torch.optim.LBFGS):
         raise HyperoptError(
-            "the outer optimizer must step by one gradient; LBFGS evaluates the loss again, by a closure. Take another, "
-            "such as torch.optim.Adam."
+            "the outer optimizer must step by one gradient; LBFGS evaluates the loss again, by a closure. Take "
+            "another, such as torch.optim.Adam."
         )
     for group in made.param_groups:
         lr = group.get("lr", 0.0)

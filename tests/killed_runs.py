@@ -1,4 +1,4 @@
-"""Runs in processes of their own that are killed with SIGKILL at random moments, and begun again until they are through.
+"""Runs in processes of their own, killed with SIGKILL at random moments and begun again until they are through.
 
 The processes come from one that has imported everything already, so that a life takes no more than the run itself.
 """

@@ -1,4 +1,4 @@
-"""Runs that are stopped and resumed: a problem with everything in it that draws random numbers, and what two runs of it share."""
+"""Runs that are stopped and resumed: a problem in which everything draws, and what two runs of it must share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs killed with SIGKILL at random moments, and resumed until they are through: the same as never killed, bit by bit."""
+"""Runs killed with SIGKILL at any moment and resumed until they are through: the same, bit by bit, as never killed."""
 
 from __future__ import annotations
 
