@@ -31,6 +31,7 @@ _LOCK_SECONDS = 10.0  # the workers of a killed process's loaders, which have in
 _NAME = re.compile(r"step-(\d{9})\.pt")
 _UNFINISHED = re.compile(rf"\.{_NAME.pattern}\.\d+")
 _LEAST_SECONDS = 10.0
+_FIRST_COST = 1e-3  # seconds that a save is thought to take before the first one
 _SHARE = 0.005  # of the time between two saves that a save may take, where their distance is not given
 
 
@@ -56,7 +57,6 @@ class Checkpoints:
             long enough for a save to be no more than a ``share`` of the time.
         least_seconds: see ``every``.
         share: of the time between two saves that a save may take, where ``every`` is None.
-        free_seconds: that saves may take in all before these two count.
         durable: whether a file is flushed to the disk before it counts, so that it outlasts a loss of power. One that
             is not outlasts the death of its process.
 
@@ -74,7 +74,6 @@ class Checkpoints:
         every: int | None = None,
         least_seconds: float = _LEAST_SECONDS,
         share: float = _SHARE,
-        free_seconds: float = 0.0,
         durable: bool = True,
     ) -> None:
         if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
@@ -89,12 +88,12 @@ class Checkpoints:
             raise CheckpointError(f"checkpoint must be a folder; {self.folder} is a file. Name another.")
         self._every = every
         self.least_seconds, self.share = least_seconds, share
-        self._free = free_seconds
         self._durable = durable
-        self._cost = 0.0
+        self._cost = _FIRST_COST
         self._last = time.monotonic()
         self._warned = False
         self._lock: FileLock | None = None
+        self._claimed = self._barred = False
 
     def claim(self) -> None:
         """Keep other processes out of the folder, which is made, until :meth:`release` or the end of this one.
@@ -104,6 +103,7 @@ class Checkpoints:
         """
         from filelock import FileLock, Timeout
 
+        self._claimed = True
         try:
             self.prepare()
             self._lock = FileLock(self._place / _LOCK)
@@ -186,8 +186,6 @@ class Checkpoints:
 
     def is_due_by_time(self) -> bool:
         """Whether saving now would be rare enough to cost next to nothing."""
-        if self._cost < self._free:
-            return True
         return time.monotonic() - self._last >= max(self.least_seconds, self._cost / self.share)
 
     def begin(self, state: Mapping[str, Any]) -> None:
@@ -221,9 +219,14 @@ class Checkpoints:
 
     def save(self, state: Mapping[str, Any], steps: int) -> bool:
         """Save a state after so many outer steps; says whether that was possible. Costs a warning where it was not."""
+        if self._barred:
+            return False
         try:
+            if not self._claimed:
+                self.claim()
             self._write(state, steps)
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
+            self._barred = isinstance(error, CheckpointError)
             if not self._warned:
                 self._warned = True
                 warn(
@@ -263,7 +266,6 @@ class Checkpoints:
                 old.unlink()
         self._last = time.monotonic()
         self._cost = self._last - began
-        self._free -= self._cost
         return path
 
 

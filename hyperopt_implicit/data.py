@@ -121,6 +121,10 @@ class BatchStream:
             self._ahead.append(self._fetch())
         return self._ahead[0]
 
+    def close(self) -> None:
+        """Let go of the data, and so of a loader's workers: left to the garbage collector, they are waited for."""
+        self._iterator, self._ahead = iter(()), []
+
     def _fetch(self) -> Any:
         nothing = object()
         batch = next(self._iterator, nothing)

@@ -139,8 +139,7 @@ class PreparedRun:
         try:
             self._begin(checked_callbacks(callbacks), tracking, keeper)
         except BaseException as error:
-            if keeper is not None:
-                keeper.release()
+            self._let_go()
             if hasattr(self, "_tracker"):
                 self._tracker.end(error)
             raise
@@ -219,8 +218,8 @@ class PreparedRun:
                 self.heed(interrupt)
                 if self.keeper is not None and self.run.stop_reason is None:
                     self.keeper.after_step()
-            if self.keeper is not None:
-                self.saved = self.keeper.save()
+            if self.keeper is not None and (not self.keeper.lenient or self.run.stop_reason == "interrupted"):
+                self.saved = self.keeper.save()  # what a search is told of at once need not be kept
         except BaseException as error:
             self.close(error)
             raise
@@ -260,8 +259,7 @@ class PreparedRun:
         One that a signal has ended is marked as killed, without the figures and numbers of a whole run.
         """
         self.closed = True
-        if self.keeper is not None:
-            self.keeper.release()
+        self._let_go()
         result = self.run.result()
         if error is None and result.stop_reason == "interrupted":
             self._tracker.interrupt()
@@ -270,6 +268,14 @@ class PreparedRun:
         self._tracker.close(result, error)
         result.run_id, result.run_link = self._tracker.run_id, self._tracker.run_link  # as known by now
         return result
+
+    def _let_go(self) -> None:
+        """Of the folder, for other processes, and of the data."""
+        if self.keeper is not None:
+            self.keeper.release()
+        if hasattr(self, "run"):
+            self.run.loop.training.close()
+            self.run.loop.validation.close()
 
 
 def _warn_of_batches_left_out(

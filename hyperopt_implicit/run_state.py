@@ -92,6 +92,8 @@ class RunKeeper:
             self._checkpoints.refuse_others()
             self._checkpoints.claim()
             return None
+        if self.lenient and not self._checkpoints.folder.exists():
+            return None  # most trials are over before they are saved, or are saved once
         try:
             self._checkpoints.claim()
         except CheckpointError as error:

@@ -153,7 +153,7 @@ def search(
         on_trial: called after each trial that ran here, with the trial as Optuna has it.
         tracking: as for :func:`optimize`; here for the parent run.
         **options: of :func:`optimize`, for every trial. ``keep_best_model`` is on. Trials are saved while they run,
-            beside ``artifacts``, after each outer step unless that took more than a hundredth of the time;
+            beside ``artifacts``, after each outer step unless that took more than one part in 200 of the time;
             ``checkpoint_every=1`` does it in any case.
 
     Raises:

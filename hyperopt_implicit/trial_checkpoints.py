@@ -7,9 +7,10 @@ goes when the trial has ended.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from hyperopt_implicit.checkpoint import Checkpoints
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import Trial
 
-_SHARE = 0.01  # of a trial's time that goes into saving it, beside
-_FREE_SECONDS = 0.02  # which make no difference
-
 
 class TrialCheckpoints:
     """Where the trials of a study are saved while they run.
@@ -32,29 +30,28 @@ class TrialCheckpoints:
     Args:
         study: the study.
         folder: of what is kept of a study; None saves nothing.
-        every: after so many outer steps; None saves after each one, or where that would take more than a hundredth of
-            the time and 20 ms, as often as takes that much.
+        every: after so many outer steps; None saves after each one, or where that would take more than one part in 200
+            of the time, as often as takes that much.
     """
 
     def __init__(self, study: Study, folder: Path | None, every: int | None) -> None:
         self._folder = None if folder is None else folder / "running" / f"study-{quote(study.study_name, safe='')}"
         self._every = every
+        self._origins: dict[int, int] = {}  # each costs a question to the storage
 
-    def keeper(self, trial: Trial) -> RunKeeper | None:
-        """Who saves a trial, and brings back what another process has saved of it."""
+    def keeper(self, trial: Trial, knobs: Mapping[str, Any]) -> RunKeeper | None:
+        """Who saves a trial with these knobs, and brings back what another process has saved of it."""
         place = self._of(trial)
         if place is None:
             return None
-        checkpoints = Checkpoints(
-            place, every=self._every, least_seconds=0.0, share=_SHARE, free_seconds=_FREE_SECONDS, durable=False
-        )
+        checkpoints = Checkpoints(place, every=self._every, least_seconds=0.0, durable=False)
         return RunKeeper(
             checkpoints,
             resume=True,
             lenient=True,
             goes_on=lambda steps: trial.set_user_attr(GONE_ON_FROM, steps),
             # a study of the same name that is gone may have left a trial of other knobs
-            apart={f"knob {name}": repr(value) for name, value in sorted(trial.params.items())},
+            apart={f"knob {name}": repr(value) for name, value in sorted(knobs.items())},
         )
 
     def forget(self, trial: Trial) -> None:
@@ -67,4 +64,8 @@ class TrialCheckpoints:
                 place.parent.parent.rmdir()
 
     def _of(self, trial: Trial) -> Path | None:
-        return None if self._folder is None else self._folder / f"trial-{origin(trial)}"
+        if self._folder is None:
+            return None
+        if trial.number not in self._origins:
+            self._origins[trial.number] = origin(trial)
+        return self._folder / f"trial-{self._origins[trial.number]}"

@@ -63,6 +63,7 @@ class _Running:
     """A trial while it runs."""
 
     trial: Trial
+    knobs: Mapping[str, Any]
     problem: BilevelProblem
     backend: Spec
     seed: int | None
@@ -121,17 +122,17 @@ class TrialRunner:
         return [self.teller.told[each.number] for each in trials if each.number in self.teller.told]
 
     def _built(self, trial: Trial) -> _Running | None:
-        plan = self.plan
+        plan, knobs = self.plan, trial.params
         seed = None if plan.seed is None else plan.seed + place_of(self.study, trial)
         try:
-            problem = plan.space.build(trial.params, seed)
+            problem = plan.space.build(knobs, seed)
         except plan.catch as error:
             self.teller.fail(trial, error)
             return None
         if plan.warm_start:
             self._start_from_best(problem)
         reporter = Reporter(trial, self.pace, prunes=len(self.study.directions) == 1)
-        return _Running(trial, problem, plan.space.backend(trial.params), seed, reporter)
+        return _Running(trial, knobs, problem, plan.space.backend(knobs), seed, reporter)
 
     def _start_from_best(self, problem: BilevelProblem) -> None:
         """Give the hyperparameters the values of the best finished trial, where they have the same shapes."""
@@ -162,7 +163,7 @@ class TrialRunner:
                     callbacks=[*theirs, first.reporter],
                     progress=progress,
                     tracking=plan.nested(first.trial),
-                    keeper=plan.checkpoints.keeper(first.trial),
+                    keeper=plan.checkpoints.keeper(first.trial, first.knobs),
                     interrupt=self.interrupt,
                 )
             except plan.catch as error:
@@ -175,10 +176,10 @@ class TrialRunner:
             seeds=[each.seed for each in running],
             callbacks=[[*theirs, each.reporter] for each in running],
             tracking=[plan.nested(each.trial) for each in running],
-            knobs=[each.trial.params for each in running],
+            knobs=[each.knobs for each in running],
             vectorise=plan.vectorise,
             compile=plan.compile,
-            keepers=[plan.checkpoints.keeper(each.trial) for each in running],
+            keepers=[plan.checkpoints.keeper(each.trial, each.knobs) for each in running],
             interrupt=self.interrupt,
         )
         for note in found.notes:

@@ -100,7 +100,8 @@ def test_killed_process_is_missed_and_the_run_gone_on_with(backend: str, tmp_pat
     whole, _ = run(tmp_path, backend, "whole")
     nothing, said = run(tmp_path, backend, "killed", WHO="1", STEP="3", SIGNAL="9")
     assert nothing is None
-    assert "process 0 of 2 (numbered from 0) has lost process 1" in said
+    # the launcher signals those that are left, which may leave for that before they miss the one that is gone
+    assert "process 0 of 2 (numbered from 0) has lost process 1" in said or "KeyboardInterrupt" in said
     resumed, _ = run(tmp_path, backend, "killed")
     assert resumed["seen"] == [3, 4, 5, 6, 7]
     assert difference(whole["outcome"], resumed["outcome"]) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import shutil
@@ -63,6 +64,13 @@ def test_any_step_will_do(workers: int, steps: Sequence[int], tmp_path: Path) ->
     for step in steps:
         stop("identity", tmp_path / str(step), step, workers=workers)
         assert difference(whole, outcome(train("identity", tmp_path / str(step), workers=workers))) is None, step
+
+
+def test_loaders_workers_end_with_the_run(tmp_path: Path) -> None:
+    """Left to the garbage collector, each of them would be waited for, for five seconds."""
+    before = set(multiprocessing.active_children())
+    stop("identity", tmp_path, 3, workers=2)
+    assert set(multiprocessing.active_children()) <= before
 
 
 @pytest.mark.filterwarnings("ignore:auto met an indefinite Hessian:hyperopt_implicit.HyperoptWarning")
@@ -331,6 +339,14 @@ def test_signal_in_the_last_step_lets_the_run_end(tmp_path: Path) -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
     assert train("cg", tmp_path, callbacks=[send]).stop_reason == "all outer steps done"
+
+
+def test_signal_in_the_step_that_ends_the_run_changes_nothing(tmp_path: Path) -> None:
+    def send_and_end(step: hi.OuterStep, problem: hi.BilevelProblem) -> bool:
+        os.kill(os.getpid(), signal.SIGINT)
+        return True
+
+    assert train("cg", tmp_path, callbacks=[send_and_end]).stop_reason == "stopped by a callback"
 
 
 def test_signal_on_a_full_disk_says_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

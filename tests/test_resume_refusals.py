@@ -230,7 +230,7 @@ def test_folder_is_the_same_wherever_the_process_goes(tmp_path: Path, monkeypatc
 
 
 def keeper_of(trial: Any, study: Any, folder: Path) -> Any:
-    return TrialCheckpoints(study, folder, 1).keeper(trial)
+    return TrialCheckpoints(study, folder, 1).keeper(trial, trial.params)
 
 
 def trial_of(x: float) -> Any:

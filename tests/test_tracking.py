@@ -352,3 +352,21 @@ def test_learning_rate_of_an_optimizer_of_ones_own_is_the_one_logged(workplace: 
     )
     run = MlflowClient(tracking_uri=f"sqlite:///{workplace}/mlflow.db").get_run(result.run_id)
     assert run.data.params["outer_lr"] == "0.25"
+
+
+def test_run_is_found_again_by_its_token(client: MlflowClient) -> None:
+    """A process that was killed before it knew the id of its run leaves what it has tagged it with."""
+    first = Tracker(QUIET, {"lr": 0.1})
+    first.log_metrics({"loss/validation": 1.0}, 0)
+    first.interrupt()
+    again = Tracker(QUIET, {"lr": 0.1}, token=first.token)
+    again.log_metrics({"loss/validation": 1.0}, 0)
+    again.log_metrics({"loss/validation": 0.5}, 1)
+    again.end()
+    assert (again.run_id, again.token) == (first.run_id, first.token)
+    run = only_run(client)
+    assert run.info.status == "FINISHED"
+    assert series(client, run.info.run_id, "loss/validation") == [(0, 1.0), (1, 0.5)]
+    other = Tracker(QUIET)
+    other.end()
+    assert other.run_id != first.run_id and other.token != first.token

@@ -8,6 +8,7 @@ from pathlib import Path
 import optuna
 import pytest
 
+from hyperopt_implicit import checkpoint
 from hyperopt_implicit.places import RETRY_OF
 from hyperopt_implicit.trial_checkpoints import TrialCheckpoints
 
@@ -19,7 +20,7 @@ def places(root: Path) -> list[str]:
 
 def saved(kept: TrialCheckpoints, trial: optuna.Trial, steps: int = 0) -> Path:
     """The folder of a trial, with a checkpoint in it."""
-    keeper = kept.keeper(trial)
+    keeper = kept.keeper(trial, {})
     assert keeper is not None
     assert keeper._checkpoints.claim() is None and keeper._checkpoints.save({"steps": steps}, steps)
     keeper.release()
@@ -60,17 +61,27 @@ def test_checkpoints_of_a_trial_are_not_flushed(tmp_path: Path, monkeypatch: pyt
     saved(TrialCheckpoints(study, tmp_path, None), study.ask())
 
 
-@pytest.mark.parametrize(("every", "due"), [(None, [1, 2, 3, 4]), (2, [2, 4])])
-def test_short_trials_are_saved_after_each_step_too(every: int | None, due: list[int], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("every", "due"), [(None, [2, 3, 4]), (2, [2, 4])])
+def test_trials_are_saved_after_each_step_that_takes_long_enough(
+    every: int | None, due: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
     study = optuna.create_study()
-    keeper = TrialCheckpoints(study, tmp_path, every).keeper(study.ask())
+    keeper = TrialCheckpoints(study, tmp_path, every).keeper(study.ask(), {})
     assert keeper is not None
-    assert [steps for steps in range(1, 5) if keeper._checkpoints.is_due(steps)] == due
+    found = []
+    for steps in range(1, 5):
+        now += 0.1 if steps == 1 else 0.25
+        if keeper._checkpoints.is_due(steps):
+            found.append(steps)
+            keeper._checkpoints._last = now
+    assert found == due
 
 
 def test_without_a_folder_nothing_is_saved() -> None:
     study = optuna.create_study()
     kept = TrialCheckpoints(study, None, 1)
     trial = study.ask()
-    assert kept.keeper(trial) is None
+    assert kept.keeper(trial, {}) is None
     kept.forget(trial)
