@@ -123,7 +123,8 @@ class BatchStream:
 
     def close(self) -> None:
         """Let go of the data, and so of a loader's workers: left to the garbage collector, they are waited for."""
-        self._iterator, self._ahead = iter(()), []
+        if not self.is_list:  # which others may go on reading
+            self._iterator, self._ahead = iter(()), []
 
     def _fetch(self) -> Any:
         nothing = object()
