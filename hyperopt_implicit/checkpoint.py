@@ -229,9 +229,10 @@ class Checkpoints:
             self._barred = isinstance(error, CheckpointError)
             if not self._warned:
                 self._warned = True
+                what_next = "" if self._barred else ", and it is tried again"
                 warn(
                     f"checkpoint: {self.folder} could not be written to after outer step {steps - 1} "
-                    f"({first_line(error)}). The run goes on, the checkpoints before stay, and it is tried again."
+                    f"({first_line(error)}). The run goes on, the checkpoints before stay{what_next}."
                 )
             return False
         return True

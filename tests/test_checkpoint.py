@@ -261,6 +261,19 @@ def test_options_without_a_folder(given: dict[str, Any]) -> None:
         train("identity", None, **given)
 
 
+def test_save_into_a_folder_of_another_process_is_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "_LOCK_SECONDS", 0.1)
+    other, late = Checkpoints(tmp_path), Checkpoints(tmp_path)
+    other.claim()
+    with pytest.warns(hi.HyperoptWarning, match=r"belongs to one process .*the checkpoints before stay\.$"):
+        assert not late.save({"steps": 1}, 1)
+    other.release()
+    assert not late.save({"steps": 2}, 2)
+    assert names(tmp_path) == []
+
+
 def test_folder_is_free_after_a_run_that_was_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "_LOCK_SECONDS", 0.1)
     train("identity", tmp_path, outer_steps=2)
